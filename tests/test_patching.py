@@ -1,0 +1,215 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import reference
+import torch
+from conftest import MODEL_CLASSES, make_model
+from transformers import BertConfig, BertModel, SwinConfig, SwinModel, ViTModel
+
+from tocom_hf import DegreeError, TocomError, UnsupportedInputError, UnsupportedModelError, apply_tome, remove_tome
+from tocom_hf.architectures import find_backbone
+from tocom_hf.patching import get_schedule
+
+
+SCHEDULES = [5, 40, [0, 7, 0, 3], (6, -1.0), (6, 0.5)]
+
+
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+@pytest.mark.parametrize("r", SCHEDULES, ids=str)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_patched_model_equals_the_slow_reference(model_class, r, implementation, pixel_values):
+    model = make_model(model_class).double()
+    model.set_attn_implementation(implementation)
+    pixel_values = pixel_values.double()
+    apply_tome(model, r)
+    backbone = find_backbone(model)
+    with torch.no_grad():
+        found = model(pixel_values, output_hidden_states=True).hidden_states[-1]
+        expected = reference.vit_hidden_states(
+            backbone.module, pixel_values, get_schedule(model), backbone.architecture.protected
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_proportional_attention(model, pixel_values):
+    model, pixel_values = model.double(), pixel_values.double()
+    apply_tome(model, 6, proportional_attention=False)
+    with torch.no_grad():
+        found = model(pixel_values, output_hidden_states=True).hidden_states[-1]
+        expected = reference.vit_hidden_states(model.vit, pixel_values, [6] * 4, 1, proportional=False)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_degree_zero_is_the_untouched_model_bit_for_bit(model_class, batch, pixel_values):
+    model = make_model(model_class)
+    with torch.no_grad():
+        expected = model(pixel_values[:batch]).logits
+        apply_tome(model, 0)
+        assert torch.equal(model(pixel_values[:batch]).logits, expected)
+
+
+def describe(model):
+    """Everything of a model that patching could leave behind: classes, attributes and hooks of every module."""
+    return [(name, type(module), set(module.__dict__), len(module._forward_pre_hooks), len(module._forward_hooks))
+            for name, module in model.named_modules()]  # fmt: skip
+
+
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+def test_remove_restores_the_model(model_class, pixel_values):
+    model = make_model(model_class)
+    before, weights = describe(model), copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        expected = model(pixel_values).logits
+        apply_tome(model, 4)
+        assert not torch.equal(model(pixel_values).logits, expected)
+        assert model.state_dict().keys() == weights.keys()
+        remove_tome(model)
+        assert torch.equal(model(pixel_values).logits, expected)
+    assert describe(model) == before
+    assert describe(remove_tome(model)) == before
+
+
+def test_a_second_apply_changes_the_degree(model, pixel_values):
+    fresh = apply_tome(make_model(), 7)
+    apply_tome(apply_tome(model, 2), 7)
+    with torch.no_grad():
+        assert torch.equal(model(pixel_values).logits, fresh(pixel_values).logits)
+    assert get_schedule(model) == (7, 7, 7, 7)
+
+
+def test_the_layer_classes_keep_their_names(model):
+    """FSDP wrapping policies and saved configurations go by class names."""
+    names = [type(module).__name__ for module in model.modules()]
+    apply_tome(model, 2)
+    assert [type(module).__name__ for module in model.modules()] == names
+
+
+def test_a_backbone_without_head_can_be_patched(pixel_values):
+    model = ViTModel(make_model().config).eval()
+    with torch.no_grad():
+        assert apply_tome(model, 5)(pixel_values).last_hidden_state.shape == (3, 65 - 20, 32)
+
+
+@pytest.mark.parametrize("copies", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_merge_on_their_own(model, pixel_values, copies):
+    apply_tome(model, 5)
+    clone = copies(model)
+    with torch.no_grad():
+        expected = model(pixel_values).logits
+        apply_tome(model, 0)
+        assert torch.equal(clone(pixel_values).logits, expected)
+        assert type(remove_tome(clone).vit.layers[0]) is type(make_model().vit.layers[0])
+
+
+def test_torch_save_of_a_whole_model(model, pixel_values):
+    buffer = io.BytesIO()
+    torch.save(apply_tome(model, 5), buffer)
+    buffer.seek(0)
+    with torch.no_grad():
+        assert torch.equal(torch.load(buffer, weights_only=False)(pixel_values).logits, model(pixel_values).logits)
+
+
+def test_recorded_outputs(model, pixel_values):
+    model.set_attn_implementation("eager")
+    outputs = apply_tome(model, [5, 0, 7, 1])(pixel_values, output_hidden_states=True, output_attentions=True)
+    assert [h.shape[1] for h in outputs.hidden_states] == [65, 60, 60, 53, 52]
+    assert [a.shape[-1] for a in outputs.attentions] == [65, 60, 60, 53]
+    for attention in outputs.attentions:
+        torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+
+
+def test_gradients_equal_those_of_the_slow_reference(model, pixel_values):
+    model, pixel_values = model.double(), pixel_values.double()
+    weight = model.vit.layers[0].attention.v_proj.weight
+    expected = torch.autograd.grad(
+        reference.vit_hidden_states(model.vit, pixel_values, [6] * 4, 1).square().sum(), weight
+    )
+    found = apply_tome(model, 6)(pixel_values, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), weight), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(model, pixel_values, use_reentrant):
+    apply_tome(model, 6).train()
+    labels = torch.tensor([0, 1, 2])
+    model(pixel_values, labels=labels).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model(pixel_values, labels=labels).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_threads_do_not_disturb_each_other(model):
+    apply_tome(model, 6)
+    batches = [torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    with torch.no_grad():
+        expected = [model(batch).logits for batch in batches]
+    found = [None] * len(batches)
+
+    def run(i):
+        with torch.no_grad():
+            for _ in range(5):
+                found[i] = model(batches[i]).logits
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_an_image_does_not_depend_on_its_batch(model, pixel_values):
+    apply_tome(model.double(), 6)
+    with torch.no_grad():
+        together = model(pixel_values.double()).logits
+        alone = torch.cat([model(image[None].double()).logits for image in pixel_values])
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+
+
+def test_attention_masks_are_refused(model, pixel_values):
+    apply_tome(model, 4)
+    with pytest.raises(UnsupportedInputError, match="remove_tome"):
+        model(pixel_values, attention_mask=torch.tensor([[1] * 60 + [0] * 5] * 3))
+
+
+@pytest.mark.parametrize("r", [-1, 2.0, True, "8", [1, 2]])
+def test_wrong_degrees_leave_the_model_alone(model, r):
+    before = describe(model)
+    with pytest.raises(DegreeError):
+        apply_tome(model, r)
+    assert describe(model) == before
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.nn.Linear(2, 2),
+        SwinModel(SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1], num_heads=[2])),
+        BertModel(
+            BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9)
+        ),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_other_models_are_refused(other):
+    with pytest.raises(UnsupportedModelError):
+        apply_tome(other, 4)
+
+
+def test_layers_of_the_users_own_are_refused(model):
+    stock = type(model.vit.layers[2])
+    model.vit.layers[2].__class__ = type("MyLayer", (stock,), {"__module__": "my_code"})
+    before = describe(model)
+    with pytest.raises(TocomError, match="my_code"):
+        apply_tome(model, 4)
+    assert describe(model) == before

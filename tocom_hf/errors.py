@@ -1,0 +1,34 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""The exceptions that tocom_hf raises for wrong input. All derive from `TocomError`."""
+
+
+class TocomError(Exception):
+    """Base class of every error that tocom_hf raises on purpose."""
+
+
+class UnsupportedModelError(TocomError, ValueError):
+    """The model's architecture, or the way that it is held (quantised, offloaded), cannot be merged or composed."""
+
+
+class UnsupportedInputError(TocomError, ValueError):
+    """A forward call asks for something that token merging cannot honour, such as an attention mask."""
+
+
+class DegreeError(TocomError, ValueError):
+    """A merging degree (`r`, `source_r`, `target_r`), schedule or scale is of the wrong type or out of range."""
+
+
+class BackboneMismatchError(TocomError, ValueError):
+    """A plugin set was trained for another backbone than the model's."""
+
+
+class PluginFileError(TocomError, OSError):
+    """A file of a plugin set is missing, truncated, or not what its configuration promises."""
+
+
+class DatasetError(TocomError, ValueError):
+    """A data set is empty or lacks a column that the job needs."""
+
+
+class ComposedWeightsError(TocomError, RuntimeError):
+    """Weights that hold a composed plugin chain were changed from outside, for instance by training."""

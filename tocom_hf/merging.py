@@ -1,0 +1,182 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Token merging as pure tensor functions (ToMe, arXiv 2210.09461, section 3). No model appears here.
+
+Names and shapes used throughout:
+
+* `protected`: how many tokens at the front (class, distillation, register) never take part in merging.
+* `sizes`: float32 `(batch, tokens)`, how many input tokens each token stands for; `None` while nothing is merged.
+* A and B: the tokens at even and at odd positions. A tokens are merged into B tokens.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .errors import DegreeError
+
+
+Schedule = int | list[int] | tuple[int, float]
+
+
+class MergePlan(NamedTuple):
+    """Which token goes where in one layer. All indices are int64 positions in their own sequence.
+
+    Attributes:
+        kept (`torch.Tensor` of shape `(batch, tokens - r)`): Input position of each output token, in output order.
+        merged (`torch.Tensor` of shape `(batch, r)`): Input positions of the tokens that are merged away.
+        into (`torch.Tensor` of shape `(batch, r)`): Output position that each of them is merged into.
+    """
+
+    kept: torch.Tensor
+    merged: torch.Tensor
+    into: torch.Tensor
+
+
+def resolve_schedule(r: Schedule, num_layers: int) -> tuple[int, ...]:
+    """Spell a merging degree out as one non-negative integer per layer (ToMe, section 4.1 and appendix D).
+
+    Args:
+        r: An int (the same in every layer), a list with one int per layer, or a tuple `(r, inflection)` with
+            inflection in [-1, 1]: the degree then changes linearly over the layers around the mean `r`, from `2 r` to 0
+            at -1 (merge early) and from 0 to `2 r` at 1 (merge late).
+        num_layers: Number of transformer layers.
+
+    Returns:
+        A tuple of `num_layers` ints. They may exceed what a layer can merge: that is clamped when the layer runs.
+
+    Raises:
+        DegreeError: for a negative or non-integer degree, a wrong length, or an inflection outside [-1, 1].
+    """
+    inflection = 0.0
+    if isinstance(r, list):
+        if len(r) != num_layers:
+            raise DegreeError(f"A list r needs one degree per layer: expected {num_layers}, got {len(r)}.")
+        return tuple(require_degree(value, f"r[{layer}]") for layer, value in enumerate(r))
+    degree: object = r
+    if isinstance(r, tuple):
+        if len(r) != 2 or isinstance(r[1], bool) or not isinstance(r[1], int | float) or not -1 <= r[1] <= 1:
+            raise DegreeError(
+                f"A tuple r must be (r, inflection) with inflection in [-1, 1], got {r!r}. "
+                "Pass a list to set the degree of every layer."
+            )
+        degree, inflection = r[0], float(r[1])
+    mean = require_degree(degree, "r")
+    first = mean * (1.0 - inflection)
+    step = 2 * (mean - first) / max(num_layers - 1, 1)
+    return tuple(math.floor(first + step * layer + 1e-9) for layer in range(num_layers))
+
+
+def require_degree(value: object, name: str) -> int:
+    """Return `value` as an int if it is a non-negative integer, else raise `DegreeError` that names it."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise DegreeError(f"{name} must be a non-negative integer, got {value!r} ({type(value).__name__}).")
+    degree = value.__index__()
+    if degree < 0:
+        raise DegreeError(f"{name} must be a non-negative integer, got {degree}.")
+    return degree
+
+
+def clamp_r(r: int, tokens: int, protected: int) -> int:
+    """How many of `tokens` one layer can merge at most when asked for `r`: half of those that are not protected."""
+    return max(0, min(r, (tokens - protected) // 2))
+
+
+def tokens_per_layer(r: Schedule, num_layers: int, tokens: int, protected: int) -> list[int]:
+    """Token counts after each layer, starting from `tokens` at the input: `num_layers` ints."""
+    counts = []
+    for degree in resolve_schedule(r, num_layers):
+        tokens -= clamp_r(degree, tokens, protected)
+        counts.append(tokens)
+    return counts
+
+
+@torch.no_grad()
+def match_tokens(metric: torch.Tensor, r: int, protected: int) -> MergePlan:
+    """Bipartite soft matching (ToMe, section 3, steps 1 to 4).
+
+    Every A token finds its most similar B token by cosine similarity; the `r` A tokens with the most similar partners
+    are merged into them.
+
+    Args:
+        metric: Floating `(batch, tokens, channels)`, the keys averaged over heads. Half precision is compared in
+            float32, because rounding makes ties.
+        r: Number of tokens to merge, in `1..(tokens - protected) // 2`.
+        protected: Number of tokens at the front that stay out of it.
+
+    Returns:
+        The plan. Output order: protected tokens, the A tokens that stay in their old order, all B tokens.
+    """
+    batch, tokens, _ = metric.shape
+    if metric.dtype in (torch.float16, torch.bfloat16):
+        metric = metric.float()
+    metric = F.normalize(metric, dim=-1)
+    # first unprotected even and odd position
+    first_a, first_b = protected + protected % 2, protected + 1 - protected % 2
+    similarity, partner = (metric[:, first_a::2] @ metric[:, first_b::2].transpose(1, 2)).max(dim=-1)
+    num_a, num_b = similarity.shape[1], (tokens - first_b + 1) // 2
+    order = similarity.argsort(dim=1, descending=True)
+    merged, stays = order[:, :r], order[:, r:].sort(dim=1).values
+    front = torch.arange(protected, device=metric.device).expand(batch, -1)
+    b_tokens = torch.arange(first_b, tokens, 2, device=metric.device).expand(batch, num_b)
+    kept = torch.cat([front, stays * 2 + first_a, b_tokens], dim=1)
+    into = partner.gather(1, merged) + (protected + num_a - r)
+    return MergePlan(kept, merged * 2 + first_a, into)
+
+
+def merge_sizes(sizes: torch.Tensor | None, plan: MergePlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add up the sizes of merged tokens.
+
+    Args:
+        sizes: Float32 `(batch, tokens)`, or `None` where every token still has size 1.
+        plan: The layer's plan.
+
+    Returns:
+        The sizes of the output tokens, float32 `(batch, tokens - r)`, and for every merged token the share of its
+        output token that it makes up, float32 `(batch, r)`.
+    """
+    if sizes is None:
+        sizes_out = torch.ones(plan.kept.shape, dtype=torch.float32, device=plan.kept.device)
+        own = torch.ones(plan.into.shape, dtype=torch.float32, device=plan.kept.device)
+    else:
+        sizes_out, own = sizes.gather(1, plan.kept), sizes.gather(1, plan.merged)
+    sizes_out = sizes_out.scatter_add(1, plan.into, own)
+    return sizes_out, own / sizes_out.gather(1, plan.into)
+
+
+def merge_tokens(hidden_states: torch.Tensor, plan: MergePlan, share: torch.Tensor) -> torch.Tensor:
+    """Merge tokens into their partners by the size-weighted mean (ToMe, section 3, step 5).
+
+    A token B that takes in tokens k of shares w_k becomes `B + sum_k w_k (x_k - B)`, which is the size-weighted mean of
+    all of them. So only the tokens that merge are computed with; all others are copied once.
+
+    Args:
+        hidden_states: Floating `(batch, tokens, hidden)`.
+        plan: The layer's plan.
+        share: What `merge_sizes` returned for it, `(batch, r)`.
+
+    Returns:
+        `(batch, tokens - r, hidden)`, in the dtype of `hidden_states`.
+    """
+    batch, tokens, hidden = hidden_states.shape
+    rows = torch.arange(batch, device=hidden_states.device).unsqueeze(1)
+    flat = hidden_states.reshape(-1, hidden)
+    output = flat.index_select(0, (plan.kept + rows * tokens).flatten())
+    into = (plan.into + rows * plan.kept.shape[1]).flatten()
+    merged = flat.index_select(0, (plan.merged + rows * tokens).flatten())
+    change = (merged - output.index_select(0, into)) * share.to(flat.dtype).view(-1, 1)
+    return output.index_add(0, into, change).view(batch, -1, hidden)
+
+
+def proportional_bias(sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bias of proportional attention, `log(size)` of every key token (ToMe, eq. 1).
+
+    Args:
+        sizes: Float32 `(batch, tokens)`.
+        dtype: Dtype of the attention's queries and keys.
+
+    Returns:
+        `(batch, 1, 1, tokens)`, an additive attention mask.
+    """
+    return sizes.log().to(dtype)[:, None, None, :]

@@ -1,0 +1,253 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Token merging inside transformers models: `apply_tome` patches one in place, `remove_tome` undoes it.
+
+Nothing that a forward call computes is kept on the model. A pre-hook on the module that runs the layers hands every
+call its own `TokenState` as the keyword argument `tome`; the layers, whose classes are replaced by subclasses, read it.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .architectures import Architecture, find_backbone
+from .errors import UnsupportedInputError, UnsupportedModelError
+from .merging import (
+    MergePlan,
+    Schedule,
+    clamp_r,
+    match_tokens,
+    merge_sizes,
+    merge_tokens,
+    proportional_bias,
+    resolve_schedule,
+)
+
+
+def apply_tome(model: PreTrainedModel, r: Schedule, *, proportional_attention: bool = True) -> PreTrainedModel:
+    """Make a transformers model merge tokens in every layer (ToMe, arXiv 2210.09461). Weights are not touched.
+
+    A model that merges already just changes its degree, which costs nothing and is safe while other threads run the
+    model: a forward call keeps the degree that it started with.
+
+    Args:
+        model: A model of a supported architecture, with or without a head. It is patched in place.
+        r: How many tokens each layer merges: an int, a list with one int per layer, or `(r, inflection)` with
+            inflection in [-1, 1]. A layer merges at most half of its unprotected tokens.
+        proportional_attention: Add the log of each key's token size to the attention logits (ToMe, eq. 1).
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: if the architecture is not supported.
+        DegreeError: if `r` is not a degree.
+    """
+    backbone = find_backbone(model)
+    schedule = resolve_schedule(r, len(backbone.layers))
+    hook = _find_hook(backbone.stack)
+    settings = MergeSettings(schedule, backbone.architecture.protected, proportional_attention)
+    if hook is not None:
+        hook.settings = settings
+        return model
+    attentions = [getattr(layer, backbone.architecture.attention) for layer in backbone.layers]
+    # name every class before the first is replaced, so that a failure leaves the model as it was
+    layer_classes = [_merging_class(type(layer), MergingLayer) for layer in backbone.layers]
+    attention_classes = [_merging_class(type(attention), MergingAttention) for attention in attentions]
+    for index, (layer, attention) in enumerate(zip(backbone.layers, attentions, strict=True)):
+        layer.__class__, attention.__class__ = layer_classes[index], attention_classes[index]
+        layer.tome_part = LayerPart(index, backbone.architecture)  # type: ignore[assignment]
+        attention.tome_part = backbone.architecture
+    backbone.stack.register_forward_pre_hook(MergeHook(settings), with_kwargs=True)
+    return model
+
+
+def remove_tome(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `apply_tome`: classes, hooks and attributes are again those of the untouched model.
+
+    Args:
+        model: The patched model. A model that is not patched is left alone.
+
+    Returns:
+        The same model.
+    """
+    backbone = find_backbone(model)
+    hooks = backbone.stack._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, MergeHook)]:
+        del hooks[key]
+        del backbone.stack._forward_pre_hooks_with_kwargs[key]
+    for module in backbone.layers.modules():
+        if isinstance(module, Merging):
+            module.__class__ = module.stock_class  # type: ignore[assignment]
+            del module.tome_part
+    return model
+
+
+def get_schedule(model: PreTrainedModel) -> tuple[int, ...] | None:
+    """The degrees per layer that a model merges at, or `None` where it is not patched."""
+    hook = _find_hook(find_backbone(model).stack)
+    return None if hook is None else hook.settings.schedule
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """How a patched model merges; immutable, so a forward call sees one setting from start to end."""
+
+    schedule: tuple[int, ...]
+    protected: int
+    proportional_attention: bool = True
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """What a patched layer knows about itself."""
+
+    index: int
+    architecture: Architecture
+
+
+@dataclass
+class TokenState:
+    """What one forward call knows about its tokens: entry `i` is written by layer `i` and read by layer `i + 1`.
+
+    Attributes:
+        settings: The settings that the call started with.
+        sizes: Token sizes after each layer, float32 `(batch, tokens)`.
+        plans: Merge plans of the layers. A layer that is recomputed (gradient checkpointing) merges by the plan that it
+            made the first time.
+    """
+
+    settings: MergeSettings
+    sizes: dict[int, torch.Tensor] = field(default_factory=dict)
+    plans: dict[int, MergePlan] = field(default_factory=dict)
+
+
+class MergeHook:
+    """Forward pre-hook that gives every call its own `TokenState`."""
+
+    def __init__(self, settings: MergeSettings):
+        self.settings = settings
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, {**kwargs, "tome": TokenState(self.settings)}
+
+
+class Merging(nn.Module):
+    """What the merging subclasses share: they are made at run time, so pickling goes by the stock class."""
+
+    stock_class: type[nn.Module]
+
+    def __reduce_ex__(self, protocol):
+        _, _, *state = tuple(super().__reduce_ex__(protocol))
+        mixin = MergingLayer if isinstance(self, MergingLayer) else MergingAttention
+        return _new_instance, (self.stock_class, mixin), *state
+
+
+class MergingLayer(Merging):
+    """Mixin for a pre-norm transformer layer: merges between the attention residual and the MLP (ToMe, section 3)."""
+
+    tome_part: LayerPart
+
+    def forward(self, hidden_states, attention_mask=None, tome: TokenState | None = None, **kwargs):
+        if tome is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        if attention_mask is not None:
+            raise UnsupportedInputError(
+                "Token merging does not take an attention mask: merged tokens have no single position to mask. "
+                "Call the model without attention_mask, or remove_tome(model) first."
+            )
+        index, row = self.tome_part.index, self.tome_part.architecture
+        settings = tome.settings
+        sizes = tome.sizes.get(index - 1)
+        r = clamp_r(settings.schedule[index], hidden_states.shape[1], settings.protected)
+        if sizes is None and r == 0:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+
+        normed = getattr(self, row.norm_before)(hidden_states)
+        attended, _, metric = getattr(self, row.attention)(
+            normed, tome_sizes=sizes if settings.proportional_attention else None, tome_metric=r > 0, **kwargs
+        )
+        hidden_states = _residual(self, row.scale_attention, row.drop, attended) + hidden_states
+        if r > 0:
+            plan = tome.plans.get(index)
+            if plan is None:
+                plan = tome.plans[index] = match_tokens(metric, r, settings.protected)
+            sizes, share = merge_sizes(sizes, plan)
+            hidden_states = merge_tokens(hidden_states, plan, share)
+        tome.sizes[index] = cast(torch.Tensor, sizes)
+        output = getattr(self, row.mlp)(getattr(self, row.norm_after)(hidden_states))
+        return _residual(self, row.scale_mlp, row.drop, output) + hidden_states
+
+
+class MergingAttention(Merging):
+    """Mixin for self-attention: adds the proportional bias and hands out the keys, averaged over heads."""
+
+    tome_part: Architecture
+    config: PreTrainedConfig
+
+    def forward(self, hidden_states, attention_mask=None, *, tome_sizes=None, tome_metric=None, **kwargs):
+        if tome_metric is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        row = self.tome_part
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = getattr(self, row.query)(hidden_states).view(shape)
+        key = getattr(self, row.key)(hidden_states).view(shape)
+        value = getattr(self, row.value)(hidden_states).view(shape)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, sys.modules[self.stock_class.__module__].eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            None if tome_sizes is None else proportional_bias(tome_sizes, key.dtype),
+            dropout=getattr(self, row.dropout) if self.training else 0.0,
+            scaling=getattr(self, row.scaling),
+            **kwargs,
+        )
+        output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        return getattr(self, row.output)(output), weights, key.detach().mean(dim=2) if tome_metric else None
+
+
+def _residual(layer: nn.Module, scale: str | None, drop: str | None, branch: torch.Tensor) -> torch.Tensor:
+    """What a layer does to a branch before it joins the residual stream: layer scale, then dropout or drop path."""
+    if scale:
+        branch = getattr(layer, scale)(branch)
+    return getattr(layer, drop)(branch) if drop else branch
+
+
+def _new_instance(stock_class: type[nn.Module], mixin: type[Merging]) -> nn.Module:
+    cls = _merging_class(stock_class, mixin)
+    return cls.__new__(cls)
+
+
+_CLASSES: dict[type[nn.Module], type[Merging]] = {}
+
+
+def _merging_class(stock_class: type[nn.Module], mixin: type[Merging]) -> type[Merging]:
+    """The merging subclass of a transformers class, made once per process.
+
+    It keeps the name of the stock class: FSDP wrapping policies, `_no_split_modules` and saved configurations go by it.
+
+    Raises:
+        UnsupportedModelError: if the class is not one of transformers' own.
+    """
+    if stock_class.__module__.partition(".")[0] != "transformers":
+        raise UnsupportedModelError(
+            f"{stock_class.__module__}.{stock_class.__qualname__} is not a class of transformers, so token merging "
+            "cannot know what its forward does. Supported are the stock layers of the listed architectures."
+        )
+    if stock_class not in _CLASSES:
+        members = {name: getattr(stock_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+        merging_class = type(stock_class.__name__, (mixin, stock_class), {**members, "stock_class": stock_class})
+        _CLASSES.setdefault(stock_class, merging_class)
+    return _CLASSES[stock_class]
+
+
+def _find_hook(stack: nn.Module) -> MergeHook | None:
+    return next((hook for hook in stack._forward_pre_hooks.values() if isinstance(hook, MergeHook)), None)
