@@ -1,17 +1,35 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""Token merging for Vision Transformers of transformers."""
+"""Alter the inference cost of a Vision Transformer without re-tuning it (Token Compensator, arXiv 2408.06798)."""
 
-from .errors import DegreeError, TocomError, UnsupportedInputError, UnsupportedModelError
+from .errors import (
+    BackboneMismatchError,
+    ComposedWeightsError,
+    DatasetError,
+    DegreeError,
+    PluginFileError,
+    TocomError,
+    UnsupportedInputError,
+    UnsupportedModelError,
+)
+from .modeling import TocomModel
 from .patching import apply_tome, remove_tome
+from .plugins import PluginSet, save_composite
 from .version import __version__
 
 
 __all__ = [
+    "BackboneMismatchError",
+    "ComposedWeightsError",
+    "DatasetError",
     "DegreeError",
+    "PluginFileError",
+    "PluginSet",
     "TocomError",
+    "TocomModel",
     "UnsupportedInputError",
     "UnsupportedModelError",
     "__version__",
     "apply_tome",
     "remove_tome",
+    "save_composite",
 ]

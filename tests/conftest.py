@@ -1,0 +1,70 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from tocom_hf import PluginSet
+from tocom_hf.architectures import find_backbone
+from tocom_hf.composition import Factors
+from tocom_hf.config import BackboneFacts, PluginSetConfig
+
+
+# the models are tiny: more threads only wait for each other
+torch.set_num_threads(1)
+
+MODEL_CLASSES = [ViTForImageClassification, DeiTForImageClassification, DeiTForImageClassificationWithTeacher]
+
+
+def make_model(model_class=ViTForImageClassification, seed=0, **overrides):
+    """A small random model with weights large enough that attention is far from uniform."""
+    torch.manual_seed(seed)
+    config_class = ViTConfig if model_class.__name__.startswith("ViT") else DeiTConfig
+    settings = {
+        "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 32,
+        "patch_size": 4, "num_labels": 5, "initializer_range": 0.3,
+    }  # fmt: skip
+    model = model_class(config_class(**{**settings, **overrides}))
+    for name, parameter in model.named_parameters():
+        # transformers leaves some of them at zero, where mistakes would not show
+        if "token" in name or "position" in name or name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def make_plugins(model, max_r=6, rank=2, seed=1, size=0.3, **settings):
+    """A random plugin set for a model."""
+    backbone = find_backbone(model)
+    generator = torch.Generator().manual_seed(seed)
+
+    def factors(layer):
+        lora_A = size * torch.randn(rank, layer.in_features, generator=generator)
+        return Factors(lora_A, size * torch.randn(layer.out_features, rank, generator=generator))
+
+    adapters = {i: {path: factors(layer) for path, layer in backbone.projections().items()} for i in range(max_r)}
+    return PluginSet(PluginSetConfig(BackboneFacts.of(backbone), max_r=max_r, rank=rank, **settings), adapters)
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def plugins(model):
+    return make_plugins(model)
+
+
+@pytest.fixture
+def pixel_values():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(7))

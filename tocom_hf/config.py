@@ -1,0 +1,174 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""`tocom_config.json`: what a plugin set is for, and how it was made."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .architectures import ARCHITECTURES, Backbone, unsupported
+from .errors import BackboneMismatchError, PluginFileError
+
+
+CONFIG_NAME = "tocom_config.json"
+FORMAT_VERSION = 1
+_SKETCH_SIZE = 16  # samples per layer
+_MIN_COSINE = 0.5  # fine-tuning leaves the sketch above 0.9, another model's is within 0.3 of zero
+
+
+@dataclass(frozen=True)
+class BackboneFacts:
+    """A backbone's fingerprint.
+
+    Attributes:
+        model_type, hidden_size, num_hidden_layers, num_attention_heads, patch_size: As in its transformers
+            configuration. They must be those of any model that the set is used with.
+        image_size: For information: fine-tuning at another resolution is fine.
+        sketch: Samples of the key projection weights of every layer, which plugins never change. They tell a fine-tuned
+            descendant of the backbone from another model of the same shape.
+    """
+
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    patch_size: Any = None
+    image_size: Any = None
+    sketch: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> "BackboneFacts":
+        config = backbone.module.config
+        shape: dict[str, Any] = {
+            item.name: getattr(config, item.name, None) for item in fields(cls) if item.name != "sketch"
+        }
+        return cls(**shape, sketch=_sketch(backbone))
+
+    def check(self, backbone: Backbone, base_model: str | None) -> None:
+        """Raise `BackboneMismatchError` unless `backbone` is this one, or was fine-tuned from it."""
+        found = BackboneFacts.of(backbone)
+        names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+        wrong = [
+            f"{name} is {getattr(found, name)!r}, the set's is {getattr(self, name)!r}"
+            for name in names
+            if getattr(found, name) != getattr(self, name)
+        ]
+        origin = f"The plugin set was distilled for {base_model or 'another backbone'}"
+        if wrong:
+            raise BackboneMismatchError(f"{origin}, and this model has another shape: {'; '.join(wrong)}.")
+        if self.sketch:
+            cosine = torch.cosine_similarity(torch.tensor(self.sketch), torch.tensor(found.sketch), dim=0).item()
+            if not cosine >= _MIN_COSINE:
+                raise BackboneMismatchError(
+                    f"{origin}, and this model has its shape but was not fine-tuned from it: their key projections "
+                    f"have a cosine similarity of {cosine:.2f} (at least {_MIN_COSINE} expected). "
+                    "Use the plugin set of this model's own pre-trained backbone."
+                )
+
+
+@dataclass
+class PluginSetConfig:
+    """The content of `tocom_config.json`.
+
+    Attributes:
+        backbone: The backbone's fingerprint.
+        base_model: Hub id or path of the backbone.
+        base_model_revision: Its commit on the Hub.
+        min_r, max_r: The degrees that the set covers.
+        rank: Rank h of one plugin.
+        trained_scale: The factor s during distillation.
+        recommended_scale: The factor s to use; picked on held-out data, else `trained_scale`.
+        merging: Settings of token merging that the set was distilled with.
+        training: What distillation recorded: data set, arguments, figures.
+        extra: Keys of a file that this version does not know. They survive a round trip.
+    """
+
+    backbone: BackboneFacts
+    base_model: str | None = None
+    base_model_revision: str | None = None
+    min_r: int = 0
+    max_r: int = 16
+    rank: int = 2
+    trained_scale: float = 0.1
+    recommended_scale: float = 0.1
+    merging: dict[str, Any] = field(default_factory=lambda: {"proportional_attention": True})
+    training: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_json_file(self, path: Path) -> None:
+        content = asdict(self)
+        extra = content.pop("extra")
+        text = json.dumps({"format_version": FORMAT_VERSION, **content, **extra}, indent=2) + "\n"
+        path.write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_json_file(cls, path: Path) -> "PluginSetConfig":
+        """Read and check a `tocom_config.json`.
+
+        Raises:
+            PluginFileError: if it is not valid JSON, lacks a key, has one of a wrong type, or is of a newer format.
+            UnsupportedModelError: if its architecture is not supported.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise PluginFileError(f"{path} is not valid JSON: {error}.") from error
+        if not isinstance(content, dict):
+            raise PluginFileError(f"{path} must hold a JSON object, found {type(content).__name__}.")
+        version = content.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise PluginFileError(
+                f"{path} has format_version {version!r}; this tocom_hf reads version {FORMAT_VERSION}. "
+                "Upgrade with `pip install -U tocom-hf` if the number is larger."
+            )
+        backbone = _checked(path, content.pop("backbone", None), _BACKBONE_TYPES)
+        if backbone["model_type"] not in ARCHITECTURES:
+            raise unsupported(backbone["model_type"])
+        facts = BackboneFacts(**{**backbone, "sketch": tuple(backbone["sketch"])})
+        values = _checked(path, content, _CONFIG_TYPES)
+        extra = {key: value for key, value in content.items() if key not in _CONFIG_TYPES}
+        config = cls(backbone=facts, extra=extra, **values)
+        if not 0 <= config.min_r < config.max_r:
+            raise PluginFileError(f"{path}: expected 0 <= min_r < max_r, found {config.min_r} and {config.max_r}.")
+        if config.rank < 1 or facts.num_hidden_layers < 1 or facts.hidden_size < 1:
+            raise PluginFileError(f"{path}: rank, num_hidden_layers and hidden_size must be positive.")
+        if not all(isinstance(value, _NUMBER) and math.isfinite(value) for value in facts.sketch):
+            raise PluginFileError(f"{path}: 'sketch' must be a list of finite numbers.")
+        return config
+
+
+_NUMBER, _OPTIONAL_TEXT = (int, float), (str, type(None))
+_BACKBONE_TYPES = {
+    "model_type": str, "hidden_size": int, "num_hidden_layers": int, "num_attention_heads": int, "patch_size": object,
+    "image_size": object, "sketch": list,
+}  # fmt: skip
+_CONFIG_TYPES = {
+    "base_model": _OPTIONAL_TEXT, "base_model_revision": _OPTIONAL_TEXT, "min_r": int, "max_r": int, "rank": int,
+    "trained_scale": _NUMBER, "recommended_scale": _NUMBER, "merging": dict, "training": dict,
+}  # fmt: skip
+
+
+def _checked(path: Path, content: Any, types: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a JSON object that `types` lists, all of which must be there and of that type."""
+    if not isinstance(content, dict):
+        raise PluginFileError(f"{path}: expected a JSON object with {', '.join(types)}, found {content!r}.")
+    for key, wanted in types.items():
+        if key not in content:
+            raise PluginFileError(f"{path} lacks {key!r}. Download or copy the plugin set again.")
+        value = content[key]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not object):
+            raise PluginFileError(f"{path}: {key!r} has the wrong type, found {value!r}.")
+    return {key: content[key] for key in types}
+
+
+@torch.no_grad()
+def _sketch(backbone: Backbone) -> tuple[float, ...]:
+    row, samples = backbone.architecture, []
+    for layer in backbone.layers:
+        weight = getattr(getattr(layer, row.attention), row.key).weight.flatten()
+        index = torch.arange(_SKETCH_SIZE, device=weight.device) * (weight.numel() // _SKETCH_SIZE)
+        samples += [float(f"{value:.4g}") for value in weight[index].float().tolist()]
+    return tuple(samples)
