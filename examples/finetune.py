@@ -1,0 +1,98 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Fine-tune a ViT for image classification while it merges `source_r` tokens in every layer.
+
+The checkpoint records its `source_r`, so that `TocomModel.from_pretrained` can run it at another degree later.
+
+    accelerate launch examples/finetune.py --model_name_or_path google/vit-base-patch16-224-in21k \\
+        --dataset_name food101 --source_r 4 --output_dir vit-food101 --num_train_epochs 5 --learning_rate 1e-4
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from tocom_hf import TocomModel
+from tocom_hf.data import load_images, with_pixel_values
+
+
+@dataclass
+class ScriptArguments:
+    model_name_or_path: str = field(metadata={"help": "Hub id or folder of the pre-trained model."})
+    dataset_name: str = field(metadata={"help": "Hub name, folder of images or of parquet files, or a parquet file."})
+    source_r: int = field(default=0, metadata={"help": "Tokens merged in every layer during training."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on after training."})
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    label_column: str = field(default="label", metadata={"help": "Column of the integer labels."})
+
+
+def load_split(script: ScriptArguments, split: str):
+    return load_images(
+        script.dataset_name,
+        config_name=script.dataset_config_name,
+        split=split,
+        image_column=script.image_column,
+        label_column=script.label_column,
+    )
+
+
+def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+        "labels": torch.tensor([sample["labels"] for sample in samples]),
+    }
+
+
+def compute_accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
+
+
+def main() -> None:
+    script, training = HfArgumentParser((ScriptArguments, TrainingArguments)).parse_args_into_dataclasses()
+    training.remove_unused_columns = False  # the image column is turned into pixel_values when it is read
+    set_seed(training.seed)
+
+    train, labels = load_split(script, script.train_split), {}
+    feature = train.features[script.label_column]
+    if hasattr(feature, "names"):
+        labels = {"id2label": dict(enumerate(feature.names)), "label2id": {n: i for i, n in enumerate(feature.names)}}
+    else:
+        labels = {"num_labels": max(train[script.label_column]) + 1}
+
+    config = AutoConfig.from_pretrained(script.model_name_or_path, **labels)
+    model = AutoModelForImageClassification.from_pretrained(
+        script.model_name_or_path, config=config, ignore_mismatched_sizes=True
+    )
+    model = TocomModel.from_pretrained(model, source_r=script.source_r)
+    processor = AutoImageProcessor.from_pretrained(script.model_name_or_path)
+
+    columns = {"image_column": script.image_column, "label_column": script.label_column}
+    evaluation = load_split(script, script.eval_split) if script.eval_split else None
+    trainer = Trainer(
+        model=model,
+        args=training,
+        data_collator=collate,
+        train_dataset=with_pixel_values(train, processor, **columns),
+        eval_dataset=evaluation and with_pixel_values(evaluation, processor, **columns),
+        processing_class=processor,
+        compute_metrics=compute_accuracy,
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model()
+    if evaluation:
+        trainer.save_metrics("eval", trainer.evaluate())
+
+
+if __name__ == "__main__":
+    main()

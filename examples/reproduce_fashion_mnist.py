@@ -1,0 +1,242 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Make the embedded Fashion-MNIST default (checkpoint, plugin set, test images) from the raw data.
+
+Every stage skips what is already there and resumes where it was stopped, so the command can be repeated:
+
+    python examples/reproduce_fashion_mnist.py --output_dir runs/fashion-mnist
+"""
+
+import argparse
+import copy
+import gzip
+import json
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, get_cosine_schedule_with_warmup
+
+from tocom_hf import PluginSet, TocomModel
+from tocom_hf.config import CONFIG_NAME
+from tocom_hf.distillation import DistillationArguments, distill
+
+
+LABELS = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle-boot"]
+VALIDATION = 2_000  # the last images of the training file, used to pick the scale and never trained on
+TEST_IMAGES = 800  # the first images of the test file, which the repository carries
+DEGREES = (0, 4, 8, 12, 16)
+SCALES = (0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data_dir",
+        type=Path,
+        default=Path("/usr/share/datasets/fashion-mnist"),
+        help="Folder of the four idx files (default: where Debian's dataset-fashion-mnist puts them).",
+    )
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--coarse_epochs", type=int, default=8, help="Epochs at patch size 4 (50 tokens).")
+    parser.add_argument("--fine_epochs", type=int, default=2, help="Epochs at patch size 2 (197 tokens).")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--plugin_epochs", type=int, default=1, help="Passes of distillation over the images.")
+    parser.add_argument("--plugin_lr", type=float, default=1.6e-2, help="Learning rate at a batch of 512.")
+    return parser.parse_args()
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read one gzipped idx file of unsigned bytes, the format of MNIST and its relatives."""
+    raw = gzip.decompress(path.read_bytes())
+    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
+
+
+def load_split(data_dir: Path, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images as uint8 `(n, 28, 28)` and labels as int64 `(n,)`."""
+    images = torch.from_numpy(read_idx(data_dir / f"{prefix}-images-idx3-ubyte.gz"))
+    labels = torch.from_numpy(read_idx(data_dir / f"{prefix}-labels-idx1-ubyte.gz"))
+    return images, labels.long()
+
+
+def to_pixel_values(images: torch.Tensor) -> torch.Tensor:
+    """What the checkpoint's image processor does: three channels in [-1, 1]."""
+    return (images.float() / 127.5 - 1).unsqueeze(1).expand(-1, 3, -1, -1)
+
+
+def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A random horizontal flip and a random shift of up to two pixels for each image."""
+    count = len(images)
+    flip = torch.rand(count, generator=generator) < 0.5
+    images = torch.where(flip[:, None, None], images.flip(-1), images)
+    shift = torch.randint(0, 5, (2, count, 1), generator=generator) + torch.arange(28)
+    padded = F.pad(images, (2, 2, 2, 2))
+    return padded[torch.arange(count)[:, None, None], shift[0][:, :, None], shift[1][:, None, :]]
+
+
+def make_model(patch_size: int) -> ViTForImageClassification:
+    config = ViTConfig(
+        hidden_size=64, num_hidden_layers=12, num_attention_heads=2, intermediate_size=256,
+        image_size=28, patch_size=patch_size, num_channels=3, initializer_range=0.08,
+        id2label=dict(enumerate(LABELS)), label2id={name: i for i, name in enumerate(LABELS)},
+    )  # fmt: skip
+    return ViTForImageClassification(config)
+
+
+def refine_patches(coarse: ViTForImageClassification) -> ViTForImageClassification:
+    """Carry a model from patch size 4 to patch size 2: all weights stay, positions and patch kernel are resized."""
+    fine = make_model(patch_size=2)
+    state = coarse.state_dict()
+    positions = state["vit.embeddings.position_embeddings"]
+    grid = positions[:, 1:].transpose(1, 2).unflatten(2, (7, 7))
+    grid = F.interpolate(grid, size=(14, 14), mode="bicubic").flatten(2).transpose(1, 2)
+    state["vit.embeddings.position_embeddings"] = torch.cat([positions[:, :1], grid], dim=1)
+    kernel = "vit.embeddings.patch_embeddings.projection.weight"
+    # a quarter of the pixels, so four times the weight, keeps the patch embedding at its size
+    state[kernel] = 4 * F.interpolate(state[kernel], size=(2, 2), mode="area")
+    fine.load_state_dict(state)
+    return fine
+
+
+def accuracy(model: ViTForImageClassification, images: torch.Tensor, labels: torch.Tensor) -> float:
+    model.eval()
+    with torch.no_grad():
+        hits = sum(
+            (model(pixel_values=to_pixel_values(x)).logits.argmax(-1) == y).sum().item()
+            for x, y in zip(images.split(500), labels.split(500), strict=True)
+        )
+    return hits / len(labels)
+
+
+def train(model, images, labels, *, epochs: int, lr: float, state_file: Path, args) -> ViTForImageClassification:
+    """Train with a cosine schedule; the state after every epoch is on disk, written atomically."""
+    accelerator = Accelerator(mixed_precision="bf16" if model.config.patch_size == 2 else "no", cpu=True)
+    train_x, train_y = images[:-VALIDATION], labels[:-VALIDATION]
+    steps = len(train_x) // args.batch_size
+    matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
+    rest = [p for name, p in model.named_parameters() if ".layers." not in name or p.ndim != 2]
+    # Muon for the matrices of the layers: it reaches after one epoch what AdamW reaches after several
+    optimizers = [torch.optim.Muon(matrices, 20 * lr, weight_decay=0.05), torch.optim.AdamW(rest, lr)]
+    schedulers = [get_cosine_schedule_with_warmup(o, steps // 4, steps * epochs) for o in optimizers]
+    start = 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        start = state["epoch"]
+        for part, part_state in zip((model, *optimizers, *schedulers), state["parts"], strict=True):
+            part.load_state_dict(part_state)
+    model, *optimizers = accelerator.prepare(model, *optimizers)
+    for epoch in range(start, epochs):
+        model.train()
+        generator = torch.Generator().manual_seed(1_000 * args.seed + epoch)
+        total = 0.0
+        for batch in torch.randperm(len(train_x), generator=generator).split(args.batch_size)[:steps]:
+            pixel_values = to_pixel_values(augment(train_x[batch], generator))
+            with accelerator.autocast():
+                logits = model(pixel_values=pixel_values).logits
+            loss = F.cross_entropy(logits.float(), train_y[batch], label_smoothing=0.1)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+            total += loss.item()
+        plain = accelerator.unwrap_model(model)
+        state = {"epoch": epoch + 1, "parts": [p.state_dict() for p in (plain, *optimizers, *schedulers)]}
+        torch.save(state, state_file.with_suffix(".part"))
+        os.replace(state_file.with_suffix(".part"), state_file)
+        held_out = accuracy(plain, images[-VALIDATION:], labels[-VALIDATION:])
+        print(
+            f"{state_file.stem} epoch {epoch + 1}/{epochs} loss {total / steps:.4f} held-out {held_out:.4f}", flush=True
+        )
+    return accelerator.unwrap_model(model)
+
+
+class Augmented(Dataset):
+    """Unlabelled training images, each in several random variants that depend on the seed alone."""
+
+    def __init__(self, images: torch.Tensor, variants: int, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        self.images = torch.cat([augment(images, generator) for _ in range(variants)])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": to_pixel_values(self.images[index][None])[0]}
+
+
+def grid(model, plugins: PluginSet, images, labels, scale: float, degrees=DEGREES) -> dict[str, float]:
+    """Accuracy at several degrees of the checkpoint trained at r = 0, composed with the given scale."""
+    composed = TocomModel.from_pretrained(copy.deepcopy(model), plugins=plugins, source_r=0, scale=scale)
+    results = {}
+    for degree in degrees:
+        with composed.at(degree):
+            results[str(degree)] = round(accuracy(composed, images, labels), 4)
+    return results
+
+
+def pick_scale(model, plugins: PluginSet, images, labels) -> tuple[float, dict[str, float]]:
+    """The scale with the best mean accuracy over the degrees on held-out images, and that mean for every scale."""
+    means = {s: sum(grid(model, plugins, images, labels, s, DEGREES[1:]).values()) / 4 for s in SCALES}
+    for scale, mean in means.items():
+        print(f"scale {scale}: held-out mean accuracy {mean:.4f}", flush=True)
+    return max(means, key=means.__getitem__), {str(scale): round(mean, 4) for scale, mean in means.items()}
+
+
+def export(model, plugins: PluginSet, args: argparse.Namespace) -> None:
+    """Write the three things that the repository carries, with the figures on all 10,000 test images."""
+    images, labels = load_split(args.data_dir, "train")
+    scale, means = pick_scale(model, plugins, images[-VALIDATION:], labels[-VALIDATION:])
+    test_images, test_labels = load_split(args.data_dir, "t10k")
+    plugins.config.recommended_scale = scale
+    plugins.config.training |= {
+        "dataset": "Fashion-MNIST, 58,000 training images", "seed": args.seed,
+        "held_out_mean_accuracy_by_scale": means,
+        "test_accuracy": {
+            "plain": grid(model, plugins, test_images, test_labels, 0.0),
+            "tocom": grid(model, plugins, test_images, test_labels, scale),
+            "tocom_sign_flipped": grid(model, plugins, test_images, test_labels, -scale),
+        },
+    }  # fmt: skip
+    print(json.dumps(plugins.config.training, indent=2))
+    plugins.save_pretrained(args.output_dir / "tocom-vit-fashion-mnist")
+    TocomModel.from_pretrained(model, source_r=0).save_pretrained(args.output_dir / "checkpoint")
+    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(args.output_dir / "checkpoint")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=LABELS)})
+    chosen = {
+        "image": [Image.fromarray(image.numpy()) for image in test_images[:TEST_IMAGES]],
+        "label": test_labels[:TEST_IMAGES].tolist(),
+    }
+    datasets.Dataset.from_dict(chosen, features=features).to_parquet(args.output_dir / "test.parquet")
+
+
+def main() -> None:
+    args = parse_args()
+    set_seed(args.seed)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    images, labels = load_split(args.data_dir, "train")
+    coarse = train(make_model(patch_size=4), images, labels, epochs=args.coarse_epochs, lr=1e-3,
+                   state_file=args.output_dir / "coarse.pt", args=args)  # fmt: skip
+    model = train(refine_patches(coarse), images, labels, epochs=args.fine_epochs, lr=5e-4,
+                  state_file=args.output_dir / "fine.pt", args=args)  # fmt: skip
+    folder = args.output_dir / "distilled"
+    if not (folder / CONFIG_NAME).exists():
+        settings = DistillationArguments(
+            num_train_epochs=1, per_device_train_batch_size=64, learning_rate=args.plugin_lr, seed=args.seed
+        )
+        data = Augmented(images[:-VALIDATION], args.plugin_epochs, args.seed)
+        distill(model, data, settings, Accelerator(cpu=True), base_model="vit-fashion-mnist").save_pretrained(folder)
+    export(model, PluginSet.from_pretrained(folder), args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+import datasets
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTImageProcessor
+
+from tocom_hf import DatasetError
+from tocom_hf.data import load_images, with_pixel_values
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    for label, colour in (("cat", "red"), ("dog", "blue")):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (10, 8), colour).save(tmp_path / "images" / label / f"{i}.png")
+    return str(tmp_path / "images")
+
+
+@pytest.fixture
+def parquet(image_folder, tmp_path):
+    path = str(tmp_path / "images.parquet")
+    load_images(image_folder, label_column="label").to_parquet(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("source", ["image_folder", "parquet"])
+def test_folders_and_parquet_files_load_alike(source, request):
+    images = load_images(request.getfixturevalue(source), label_column="label")
+    assert len(images) == 6
+    assert images[0]["image"].size == (10, 8)
+    processed = with_pixel_values(images, ViTImageProcessor(size={"height": 4, "width": 4}), label_column="label")
+    assert processed[0]["pixel_values"].shape == (3, 4, 4)
+    assert processed[0]["labels"] == 0
+    # red, scaled to [-1, 1]
+    torch.testing.assert_close(processed[0]["pixel_values"][:, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
+
+
+def test_slices_and_limits(parquet):
+    assert len(load_images(parquet, split="train[:4]")) == 4
+    assert len(load_images(parquet, max_samples=2)) == 2
+
+
+def test_grey_and_transparent_images_become_rgb():
+    images = datasets.Dataset.from_dict({"image": [Image.new("L", (4, 4)), Image.new("RGBA", (4, 4))]})
+    images = images.cast_column("image", datasets.Image())
+    processed = with_pixel_values(images, ViTImageProcessor(size={"height": 4, "width": 4}))
+    assert processed[0:2]["pixel_values"][1].shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_column": "picture"}, "no column 'picture'; it has image, label.*--image_column"),
+        ({"label_column": "class"}, "no column 'class'.*--label_column"),
+        ({"image_column": "label"}, "not images"),
+        ({"split": "train[:0]"}, "no data"),
+        ({"max_samples": 0}, "empty"),
+    ],
+)
+def test_what_is_missing_is_named(parquet, arguments, message):
+    with pytest.raises(DatasetError, match=message):
+        load_images(parquet, **arguments)
+
+
+def test_a_split_that_is_not_there_is_named(image_folder):
+    with pytest.raises(DatasetError, match=r"'validation'.*cannot be loaded"):
+        load_images(image_folder, split="validation")
+
+
+def test_a_data_set_that_is_not_there_is_named():
+    with pytest.raises(DatasetError, match="no/such/folder"):
+        load_images("no/such/folder")

@@ -1,0 +1,168 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+import collections
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model
+from peft import PeftModel
+from test_patching import describe
+from torch.utils.data import Dataset
+from transformers import ViTModel
+
+from tocom_hf import DatasetError, DegreeError, PluginSet, TocomModel, UnsupportedModelError, apply_tome
+from tocom_hf.architectures import find_backbone
+from tocom_hf.distillation import DistillationArguments, PluginChain, SelfDistiller, degree_pair, distill
+
+
+class Noise(Dataset):
+    def __init__(self, count=32):
+        self.images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.images[index]}
+
+
+ARGUMENTS = {"max_r": 4, "num_train_epochs": 2, "per_device_train_batch_size": 8, "learning_rate": 0.3}
+
+
+def trained_chain(model, max_r=4):
+    """A chain with weights that are not zero."""
+    torch.manual_seed(0)
+    plugin_chain = PluginChain(find_backbone(model), max_r=max_r, rank=2, scale=0.1, dropout=0.0)
+    for parameter in plugin_chain.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return plugin_chain
+
+
+@pytest.mark.parametrize(("source_r", "target_r"), [(0, 4), (4, 0), (1, 3), (3, 2)])
+def test_the_loss_is_kl_of_the_plain_teacher_and_the_stock_peft_student(source_r, target_r, tmp_path, pixel_values):
+    """Equation 6, put together from the other parts: the teacher is plain at m, the student composed for n, at n."""
+    model = make_model()
+    chain = trained_chain(model)
+    distiller = SelfDistiller(model.requires_grad_(False), chain)
+    loss = distiller(pixel_values, source_r, target_r)
+    teacher = apply_tome(make_model(), source_r)(pixel_values).logits.log_softmax(-1)
+    student = apply_tome(make_model(), target_r)
+    sign = 1 if target_r > source_r else -1
+    with torch.no_grad():
+        for i in range(min(source_r, target_r), max(source_r, target_r)):
+            for path, (lora_A, lora_B) in chain.adapters()[i].items():
+                student.vit.get_submodule(path).weight += sign * 0.1 * lora_B @ lora_A
+    student = student(pixel_values).logits.log_softmax(-1)
+    expected = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_only_plugins_between_the_degrees_get_gradients(pixel_values):
+    model = make_model()
+    chain = trained_chain(model)
+    SelfDistiller(model.requires_grad_(False), chain)(pixel_values, 3, 1).backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for branch in chain.branches:
+        for factor in (branch.lora_A.grad, branch.lora_B.grad):
+            used = factor.abs().sum(1) > 0
+            assert used.tolist() == [False] * 2 + [True] * 4 + [False] * 2
+
+
+def test_a_fresh_chain_changes_nothing(pixel_values):
+    """B starts at zero: the student is then plain merging at the target degree."""
+    model = make_model()
+    chain = PluginChain(find_backbone(model), max_r=4, rank=2, scale=0.1, dropout=0.1)
+    chain.activate(0, 4)
+    assert torch.equal(apply_tome(model, 4)(pixel_values).logits, apply_tome(make_model(), 4)(pixel_values).logits)
+
+
+def test_distillation_returns_a_set_and_restores_the_model(tmp_path):
+    model = make_model().train()
+    model.vit.embeddings.requires_grad_(False)
+    before, weights = describe(model), copy.deepcopy(model.state_dict())
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    plugins = distill(model, Noise(), DistillationArguments(**ARGUMENTS), base_model="some/model")
+    assert describe(model) == before
+    assert model.training
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    config = plugins.config
+    assert (config.max_r, config.rank, config.base_model, config.training["steps"]) == (4, 2, "some/model", 8)
+    plugins.save_pretrained(tmp_path)
+    composed = TocomModel.from_pretrained(model, plugins=PluginSet.from_pretrained(tmp_path), source_r=0, target_r=4)
+    assert composed.target_r == 4
+
+
+def divergence(model, plugins, images, source_r, target_r, scale):
+    """KL between the model at its source degree and, composed, at the target degree."""
+    with torch.no_grad():
+        teacher = apply_tome(copy.deepcopy(model), source_r)(images).logits.log_softmax(-1)
+        student = TocomModel.from_pretrained(
+            copy.deepcopy(model), plugins=plugins, source_r=source_r, target_r=target_r, scale=scale
+        )
+        return F.kl_div(student(images).logits.log_softmax(-1), teacher, log_target=True, reduction="batchmean").item()
+
+
+@pytest.mark.parametrize(("source_r", "target_r"), [(0, 8), (8, 0)])
+def test_distilled_plugins_reduce_the_divergence_and_flipped_ones_raise_it(source_r, target_r):
+    model, data = make_model(), Noise(64)
+    arguments = DistillationArguments(
+        max_r=8, num_train_epochs=20, per_device_train_batch_size=16, learning_rate=0.3, lora_dropout=0.0
+    )
+    plugins = distill(model, data, arguments)
+    with_plugin, plain, flipped = (
+        divergence(model, plugins, data.images, source_r, target_r, scale) for scale in (0.1, 0.0, -0.1)
+    )
+    assert with_plugin < 0.9 * plain
+    assert flipped > plain
+
+
+def test_the_same_seed_gives_the_same_set():
+    one, other = (distill(make_model(), Noise(), DistillationArguments(**ARGUMENTS)) for _ in range(2))
+    different = distill(make_model(), Noise(), DistillationArguments(**ARGUMENTS, seed=1))
+    for path, factors in one.adapter(2).items():
+        assert torch.equal(factors.lora_B, other.adapter(2)[path].lora_B)
+        assert not torch.equal(factors.lora_B, different.adapter(2)[path].lora_B)
+
+
+def test_distilled_plugins_load_with_stock_peft(tmp_path, pixel_values):
+    model = make_model()
+    distill(model, Noise(), DistillationArguments(**ARGUMENTS)).save_pretrained(tmp_path)
+    with torch.no_grad():
+        plain = model(pixel_values).logits
+        PeftModel.from_pretrained(model.vit, tmp_path, subfolder="P_1_2")
+        assert not torch.equal(model(pixel_values).logits, plain)
+
+
+def test_degree_pairs_are_uniform_over_all_ordered_pairs():
+    counts = collections.Counter(degree_pair(0, step, 3) for step in range(6000))
+    assert set(counts) == {(m, n) for m in range(4) for n in range(4) if m != n}
+    assert all(abs(count - 500) < 100 for count in counts.values())
+    assert [degree_pair(0, step, 16) for step in range(9)] == [degree_pair(0, step, 16) for step in range(9)]
+    assert [degree_pair(0, step, 16) for step in range(9)] != [degree_pair(1, step, 16) for step in range(9)]
+
+
+def test_too_few_images_are_refused_before_the_model_changes():
+    model = make_model()
+    before = describe(model)
+    for count in (0, 7):
+        with pytest.raises(DatasetError, match=f"has {count} images, but one step takes 8"):
+            distill(model, Noise(count), DistillationArguments(**ARGUMENTS))
+    assert describe(model) == before
+
+
+def test_a_model_without_logits_is_refused():
+    with pytest.raises(UnsupportedModelError, match="classifier"):
+        distill(ViTModel(make_model().config), Noise(), DistillationArguments(**ARGUMENTS))
+
+
+def test_a_merging_model_is_refused():
+    with pytest.raises(UnsupportedModelError, match="remove_tome"):
+        distill(apply_tome(make_model(), 2), Noise(), DistillationArguments(**ARGUMENTS))
+
+
+@pytest.mark.parametrize("wrong", [{"max_r": 0}, {"max_r": 2.5}, {"rank": 0}, {"rank": -1}])
+def test_wrong_arguments_are_refused(wrong):
+    with pytest.raises(DegreeError):
+        DistillationArguments(**wrong)
