@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from PIL import Image
 from torch.utils.data import Dataset
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, get_cosine_schedule_with_warmup
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, get_cosine_schedule_with_warmup
 
 from tocom_hf import PluginSet, TocomModel
 from tocom_hf.config import CONFIG_NAME
@@ -118,7 +118,8 @@ def accuracy(model: ViTForImageClassification, images: torch.Tensor, labels: tor
 
 def train(model, images, labels, *, epochs: int, lr: float, state_file: Path, args) -> ViTForImageClassification:
     """Train with a cosine schedule; the state after every epoch is on disk, written atomically."""
-    accelerator = Accelerator(mixed_precision="bf16" if model.config.patch_size == 2 else "no", cpu=True)
+    # on a CPU bfloat16 pays with many tokens only
+    bfloat16 = torch.autocast("cpu", torch.bfloat16, enabled=model.config.patch_size == 2)
     train_x, train_y = images[:-VALIDATION], labels[:-VALIDATION]
     steps = len(train_x) // args.batch_size
     matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
@@ -132,32 +133,30 @@ def train(model, images, labels, *, epochs: int, lr: float, state_file: Path, ar
         start = state["epoch"]
         for part, part_state in zip((model, *optimizers, *schedulers), state["parts"], strict=True):
             part.load_state_dict(part_state)
-    model, *optimizers = accelerator.prepare(model, *optimizers)
     for epoch in range(start, epochs):
         model.train()
         generator = torch.Generator().manual_seed(1_000 * args.seed + epoch)
         total = 0.0
         for batch in torch.randperm(len(train_x), generator=generator).split(args.batch_size)[:steps]:
             pixel_values = to_pixel_values(augment(train_x[batch], generator))
-            with accelerator.autocast():
+            with bfloat16:
                 logits = model(pixel_values=pixel_values).logits
             loss = F.cross_entropy(logits.float(), train_y[batch], label_smoothing=0.1)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
                 optimizer.step()
                 optimizer.zero_grad()
                 scheduler.step()
             total += loss.item()
-        plain = accelerator.unwrap_model(model)
-        state = {"epoch": epoch + 1, "parts": [p.state_dict() for p in (plain, *optimizers, *schedulers)]}
+        state = {"epoch": epoch + 1, "parts": [p.state_dict() for p in (model, *optimizers, *schedulers)]}
         torch.save(state, state_file.with_suffix(".part"))
         os.replace(state_file.with_suffix(".part"), state_file)
-        held_out = accuracy(plain, images[-VALIDATION:], labels[-VALIDATION:])
+        held_out = accuracy(model, images[-VALIDATION:], labels[-VALIDATION:])
         print(
             f"{state_file.stem} epoch {epoch + 1}/{epochs} loss {total / steps:.4f} held-out {held_out:.4f}", flush=True
         )
-    return accelerator.unwrap_model(model)
+    return model
 
 
 class Augmented(Dataset):
@@ -210,7 +209,7 @@ def export(model, plugins: PluginSet, args: argparse.Namespace) -> None:
     print(json.dumps(plugins.config.training, indent=2))
     plugins.save_pretrained(args.output_dir / "tocom-vit-fashion-mnist")
     TocomModel.from_pretrained(model, source_r=0).save_pretrained(args.output_dir / "checkpoint")
-    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(args.output_dir / "checkpoint")
+    ViTImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(args.output_dir / "checkpoint")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=LABELS)})
     chosen = {
         "image": [Image.fromarray(image.numpy()) for image in test_images[:TEST_IMAGES]],

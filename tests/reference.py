@@ -28,48 +28,77 @@ def match(metric, r, protected):
     return [(a, b) for _, a, b in edges[:r]]
 
 
+def joined(count, edges, protected):
+    """The input positions of each output token, in output order; all where no token merges keep their order."""
+    if not edges:
+        return [[i] for i in range(count)]
+    members = {i: [i] for i in range(count)}
+    for a, b in edges:
+        members[b] += members.pop(a)
+    evens = [i for i in range(protected, count) if i % 2 == 0 and i in members]
+    odds = [i for i in range(protected, count) if i % 2 == 1]
+    return [members[i] for i in [*range(protected), *evens, *odds]]
+
+
 def merge(tokens, sizes, edges, protected):
     """Size-weighted means of one image. `tokens`: float64 `(tokens, hidden)`, `sizes`: list. Returns both merged."""
-    groups = {i: [i] for i in range(len(tokens))}
-    for a, b in edges:
-        groups[b] += groups.pop(a)
-    evens = [i for i in range(protected, len(tokens)) if i % 2 == 0 and i in groups]
-    odds = [i for i in range(protected, len(tokens)) if i % 2 == 1]
     rows, totals = [], []
-    for i in [*range(protected), *evens, *odds]:
-        total = sum(sizes[j] for j in groups[i])
-        rows.append(sum(sizes[j] * tokens[j] for j in groups[i]) / total)
+    for members in joined(len(tokens), edges, protected):
+        total = sum(sizes[j] for j in members)
+        rows.append(sum(sizes[j] * tokens[j] for j in members) / total)
         totals.append(total)
     return torch.stack(rows), totals
 
 
-def vit_hidden_states(backbone, pixel_values, schedule, protected, proportional=True):
-    """The last hidden states (before the final norm) of a ViT or DeiT backbone in float64, image by image."""
-    outputs = []
-    for tokens in backbone.embeddings(pixel_values):
-        sizes = [1] * len(tokens)
-        for layer, r in zip(backbone.layers, schedule, strict=True):
-            attention = layer.attention
-            heads, dim = attention.num_attention_heads, attention.head_dim
-            normed = layer.layernorm_before(tokens)
-            query, key, value = (
-                projection(normed).view(-1, heads, dim)
-                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
+def merge_groups(groups, edges, protected):
+    """The original positions of each output token, from those of each input token."""
+    return [[p for j in members for p in groups[j]] for members in joined(len(groups), edges, protected)]
+
+
+VIT = ("layernorm_before", "attention", None, "layernorm_after", None, "o_proj")
+
+
+def hidden_states(layers, images, schedule, protected, names=VIT, proportional=True):
+    """Token states after the last layer of a pre-norm transformer in float64, image by image, not restored.
+
+    `images` are the tokens that enter the first layer. `names` are those of a layer's parts: norm, attention, layer
+    scale, norm, layer scale, and the attention's output projection.
+
+    Returns the states, and for every image the groups of input positions that each output token stands for.
+    """
+    norm1, attention_name, scale1, norm2, scale2, output = names
+    outputs, all_groups = [], []
+    for tokens in images:
+        groups = [[i] for i in range(len(tokens))]
+        for layer, r in zip(layers, schedule, strict=True):
+            attention = getattr(layer, attention_name)
+            dim = attention.head_dim
+            normed = getattr(layer, norm1)(tokens)
+            projections = attention.q_proj, attention.k_proj, attention.v_proj
+            query, key, value = (projection(normed).view(len(tokens), -1, dim) for projection in projections)
+            sizes = [len(group) for group in groups]
             mixed = []
-            for head in range(heads):
+            for head in range(key.shape[1]):
                 logits = query[:, head] @ key[:, head].T / math.sqrt(dim)
                 if proportional:
                     logits = logits + torch.tensor(sizes, dtype=torch.float64).log()
                 mixed.append(logits.softmax(-1) @ value[:, head])
-            tokens = tokens + attention.o_proj(torch.cat(mixed, dim=-1))
-            r = min(r, (len(tokens) - protected) // 2)
-            metric = key.mean(1).tolist()
-            tokens, sizes = (
-                merge(tokens, sizes, match(metric, r, protected) if r > 0 else [], protected)
-                if r > 0
-                else (tokens, sizes)
-            )
-            tokens = tokens + layer.mlp(layer.layernorm_after(tokens))
+            branch = getattr(attention, output)(torch.cat(mixed, dim=-1))
+            tokens = tokens + (getattr(layer, scale1)(branch) if scale1 else branch)
+            edges = match(key.mean(1).tolist(), min(r, (len(tokens) - protected) // 2), protected)
+            tokens, _ = merge(tokens, sizes, edges, protected)
+            groups = merge_groups(groups, edges, protected)
+            branch = layer.mlp(getattr(layer, norm2)(tokens))
+            tokens = tokens + (getattr(layer, scale2)(branch) if scale2 else branch)
         outputs.append(tokens)
-    return torch.stack(outputs)
+        all_groups.append(groups)
+    return torch.stack(outputs), all_groups
+
+
+def restore(tokens, groups):
+    """Every input position gets the output token of its group."""
+    restored = []
+    for image, image_groups in zip(tokens, groups, strict=True):
+        owner = {position: token for token, group in enumerate(image_groups) for position in group}
+        restored.append(torch.stack([image[owner[position]] for position in range(len(owner))]))
+    return torch.stack(restored)

@@ -3,7 +3,7 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTImageProcessor
+from transformers import ViTImageProcessorPil
 
 from tocom_hf import DatasetError
 from tocom_hf.data import load_images, with_pixel_values
@@ -35,7 +35,7 @@ def test_folders_and_parquet_files_load_alike(source, request):
     images = load_images(request.getfixturevalue(source), label_column="label")
     assert len(images) == 6
     assert images[0]["image"].size == (10, 8)
-    processed = with_pixel_values(images, ViTImageProcessor(size={"height": 4, "width": 4}), label_column="label")
+    processed = with_pixel_values(images, ViTImageProcessorPil(size={"height": 4, "width": 4}), label_column="label")
     assert processed[0]["pixel_values"].shape == (3, 4, 4)
     assert processed[0]["labels"] == 0
     # red, scaled to [-1, 1]
@@ -50,7 +50,7 @@ def test_slices_and_limits(parquet):
 def test_grey_and_transparent_images_become_rgb():
     images = datasets.Dataset.from_dict({"image": [Image.new("L", (4, 4)), Image.new("RGBA", (4, 4))]})
     images = images.cast_column("image", datasets.Image())
-    processed = with_pixel_values(images, ViTImageProcessor(size={"height": 4, "width": 4}))
+    processed = with_pixel_values(images, ViTImageProcessorPil(size={"height": 4, "width": 4}))
     assert processed[0:2]["pixel_values"][1].shape == (3, 4, 4)
 
 

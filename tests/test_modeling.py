@@ -12,7 +12,7 @@ from transformers import (
     AutoModelForImageClassification,
     PreTrainedModel,
     ViTForImageClassification,
-    ViTImageProcessor,
+    ViTImageProcessorPil,
     pipeline,
 )
 
@@ -241,6 +241,6 @@ def test_a_pipeline_runs_it(checkpoint, plugins):
     from PIL import Image
 
     model = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=4)
-    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
     classify = pipeline("image-classification", model=model, image_processor=processor, device="cpu")
     assert len(classify(Image.new("RGB", (40, 40), "red"), top_k=3)) == 3

@@ -12,7 +12,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .modeling import TocomModel
-from .patching import apply_tome, remove_tome
+from .patching import apply_tome, remove_tome, trace_tokens
 from .plugins import PluginSet, save_composite
 from .version import __version__
 
@@ -32,4 +32,5 @@ __all__ = [
     "apply_tome",
     "remove_tome",
     "save_composite",
+    "trace_tokens",
 ]

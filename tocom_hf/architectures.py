@@ -1,11 +1,12 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """The supported model families, one table row each: which submodules play which part in token merging."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
 
 from .errors import UnsupportedModelError
 
@@ -24,6 +25,10 @@ class Architecture:
         query, key, value, output: Names of the projections in the attention block.
         dropout, scaling: Names of its attention dropout probability and of its logit scale.
         protected: Number of class and distillation tokens at the front, which never merge.
+        registers: Configuration attribute that counts register tokens behind the class token, or `None`. They never
+            merge either.
+        restore: Whether heads of this family read patch tokens, so that merged tokens must be copied back to the
+            positions that they came from.
     """
 
     layers: str = "layers"
@@ -41,12 +46,55 @@ class Architecture:
     dropout: str = "attention_dropout"
     scaling: str = "scaling"
     protected: int = 1
+    registers: str | None = None
+    restore: bool = False
 
+
+_DINOV2 = Architecture(
+    layers="encoder.layer",
+    norm_before="norm1",
+    norm_after="norm2",
+    scale_attention="layer_scale1",
+    scale_mlp="layer_scale2",
+    drop="drop_path",
+    restore=True,
+)
+_CLIP = Architecture(
+    layers="encoder.layers",
+    attention="self_attn",
+    norm_before="layer_norm1",
+    norm_after="layer_norm2",
+    drop=None,
+    output="out_proj",
+    dropout="dropout",
+    scaling="scale",
+    restore=True,
+)
 
 # keyed by `config.model_type` of the backbone
 ARCHITECTURES: dict[str, Architecture] = {
     "vit": Architecture(),
     "deit": Architecture(protected=2),  # class and distillation token
+    "vit_msn": Architecture(),
+    "vit_mae": Architecture(),
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": replace(_DINOV2, registers="num_register_tokens"),
+    "clip_vision_model": _CLIP,
+    "siglip_vision_model": replace(_CLIP, protected=0),
+    "ijepa": Architecture(protected=0, restore=True),
+    "audio-spectrogram-transformer": Architecture(protected=2),
+}
+
+_WINDOWED = "it attends within windows of a fixed grid, which merged tokens no longer form"
+_BIASED = "its attention adds a bias for every pair of grid positions, and a merged token has no single position"
+_ROTARY = "it rotates queries and keys by the position of each token, and a merged token has no single position"
+_HIERARCHICAL = "it pools or strides over the token grid between its stages, which merged tokens no longer form"
+# why, for well-known families that cannot be supported
+REASONS: dict[str, str] = {
+    **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin", "swin2sr", "hiera", "vitdet"), _WINDOWED),
+    **dict.fromkeys(("beit", "data2vec-vision", "levit"), _BIASED),
+    **dict.fromkeys(("dinov3_vit", "pixtral", "vjepa2", "siglip2_vision_model", "gemma4_vision"), _ROTARY),
+    **dict.fromkeys(("pvt", "pvt_v2", "cvt", "segformer", "poolformer", "mobilevit", "mgp-str"), _HIERARCHICAL),
 }
 
 
@@ -64,13 +112,14 @@ class Backbone(NamedTuple):
     architecture: Architecture
 
     @property
-    def stack(self) -> nn.Module:
-        """The module whose forward runs the layers one after the other."""
-        return self.module.get_submodule(self.architecture.layers.rpartition(".")[0])
-
-    @property
     def layers(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self.module.get_submodule(self.architecture.layers))
+
+    @property
+    def protected(self) -> int:
+        """Number of tokens at the front that never merge."""
+        registers = self.architecture.registers
+        return self.architecture.protected + (getattr(self.module.config, registers) if registers else 0)
 
     def projections(self) -> dict[str, nn.Module]:
         """The query and value projections of every layer, by their path in the backbone."""
@@ -95,7 +144,7 @@ def find_backbone(model: nn.Module) -> Backbone:
     """Find the supported backbone in `model`: the innermost module of a listed model type that holds the layers.
 
     Raises:
-        UnsupportedModelError: if there is none.
+        UnsupportedModelError: if there is none, or if it is used in a way that merging breaks.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
@@ -106,15 +155,37 @@ def find_backbone(model: nn.Module) -> Backbone:
         if isinstance(module, PreTrainedModel):
             row = ARCHITECTURES.get(module.config.model_type)
             if row is not None and _has(module, row.layers):
+                _refuse_unsound_use(model, module)
                 return Backbone(path, module, row)
     raise unsupported(model.config.model_type)
 
 
+def supported_types(config: PreTrainedConfig) -> set[str]:
+    """The supported model types among a configuration and its parts (`CLIPConfig` has a vision and a text part)."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    return {part.model_type for part in parts if part is not None} & ARCHITECTURES.keys()
+
+
 def unsupported(model_type: str) -> UnsupportedModelError:
+    """The error for a model type that is not in the table, with the reason where it is known."""
+    reason = f": {REASONS[model_type]}" if model_type in REASONS else ""
     return UnsupportedModelError(
-        f"Token merging does not support the architecture {model_type!r}. "
+        f"Token merging does not support the architecture {model_type!r}{reason}. "
         f"Supported model types: {', '.join(sorted(ARCHITECTURES))}."
     )
+
+
+def _refuse_unsound_use(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
+    if backbone.config.model_type == "vit_mae" and (hasattr(model, "decoder") or backbone.config.mask_ratio > 0):
+        raise UnsupportedModelError(
+            "Token merging supports the encoder of ViT-MAE without random masking. "
+            "Load ViTMAEModel with config.mask_ratio = 0; the pre-training decoder needs every token."
+        )
+    if isinstance(model, BackboneMixin) and list(model.out_features) != [model.stage_names[-1]]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} returns feature maps of {', '.join(model.out_features)}, but only the last stage "
+            f"can be restored to a grid. Load it with out_features=[{model.stage_names[-1]!r}]."
+        )
 
 
 def _has(module: nn.Module, path: str) -> bool:

@@ -124,8 +124,8 @@ def evaluate_degrees(
                 plain = accuracy(model, loader)
             with model.at(degree):
                 tocom = accuracy(model, loader)
-            protected = backbone.architecture.protected
-            tokens = tokens_per_layer(degree, len(backbone.layers), _input_tokens(model, pixel_values), protected)[-1]
+            entering = _input_tokens(model, pixel_values)
+            tokens = tokens_per_layer(degree, len(backbone.layers), entering, backbone.protected)[-1]
             results.append(DegreeResult(degree, tokens, plain, tocom, speed[degree], speed[degree] / speed[0]))
     return results
 

@@ -9,6 +9,7 @@ Names and shapes used throughout:
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -180,3 +181,42 @@ def proportional_bias(sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         `(batch, 1, 1, tokens)`, an additive attention mask.
     """
     return sizes.log().to(dtype)[:, None, None, :]
+
+
+def output_positions(plan: MergePlan) -> torch.Tensor:
+    """Where every input token of one layer went: output positions, int64 `(batch, tokens)`."""
+    kept, merged, into = plan
+    positions = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    tokens = kept.shape[1] + merged.shape[1]
+    return kept.new_empty(kept.shape[0], tokens).scatter(1, kept, positions).scatter(1, merged, into)
+
+
+def follow_tokens(plans: Iterable[MergePlan]) -> torch.Tensor | None:
+    """Where the tokens that entered the first layer are after several layers.
+
+    Args:
+        plans: The plans of the layers that merge, in order.
+
+    Returns:
+        Positions among the output tokens of the last plan, int64 `(batch, input tokens)`; `None` without plans.
+    """
+    positions = None
+    for plan in plans:
+        moved = output_positions(plan)
+        positions = moved if positions is None else moved.gather(1, positions)
+    return positions
+
+
+def restore_tokens(hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Copy every merged token back to the positions that it came from, so that means over tokens weigh by size.
+
+    Args:
+        hidden_states: `(batch, tokens, hidden)` after the last layer.
+        positions: What `follow_tokens` returned, `(batch, input tokens)`.
+
+    Returns:
+        `(batch, input tokens, hidden)`.
+    """
+    batch, tokens, hidden = hidden_states.shape
+    rows = torch.arange(batch, device=hidden_states.device).unsqueeze(1) * tokens
+    return hidden_states.reshape(-1, hidden).index_select(0, (positions + rows).flatten()).view(batch, -1, hidden)

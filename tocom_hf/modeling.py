@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from .architectures import ARCHITECTURES, Backbone, find_backbone, unsupported
+from .architectures import Backbone, find_backbone, supported_types, unsupported
 from .composition import Composite, require_scale
 from .errors import ComposedWeightsError, DegreeError, UnsupportedModelError
 from .merging import require_degree
@@ -312,7 +312,7 @@ def _composed(state: TocomState) -> dict[str, torch.Tensor]:
 
 def _model_class(config) -> Any:
     """The transformers class that a checkpoint was saved from."""
-    if config.model_type not in ARCHITECTURES:
+    if not supported_types(config):
         raise unsupported(config.model_type)
     name = (config.architectures or ["AutoModel"])[0]
     return getattr(transformers, name, transformers.AutoModel)

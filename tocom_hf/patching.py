@@ -1,11 +1,14 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """Token merging inside transformers models: `apply_tome` patches one in place, `remove_tome` undoes it.
 
-Nothing that a forward call computes is kept on the model. A pre-hook on the module that runs the layers hands every
+Nothing that a forward call computes is kept on the model. A pre-hook on the backbone hands every
 call its own `TokenState` as the keyword argument `tome`; the layers, whose classes are replaced by subclasses, read it.
 """
 
+import contextlib
+import inspect
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -20,15 +23,24 @@ from .merging import (
     MergePlan,
     Schedule,
     clamp_r,
+    follow_tokens,
     match_tokens,
     merge_sizes,
     merge_tokens,
+    output_positions,
     proportional_bias,
     resolve_schedule,
+    restore_tokens,
 )
 
 
-def apply_tome(model: PreTrainedModel, r: Schedule, *, proportional_attention: bool = True) -> PreTrainedModel:
+def apply_tome(
+    model: PreTrainedModel,
+    r: Schedule,
+    *,
+    proportional_attention: bool = True,
+    restore: bool | None = None,
+) -> PreTrainedModel:
     """Make a transformers model merge tokens in every layer (ToMe, arXiv 2210.09461). Weights are not touched.
 
     A model that merges already just changes its degree, which costs nothing and is safe while other threads run the
@@ -39,6 +51,10 @@ def apply_tome(model: PreTrainedModel, r: Schedule, *, proportional_attention: b
         r: How many tokens each layer merges: an int, a list with one int per layer, or `(r, inflection)` with
             inflection in [-1, 1]. A layer merges at most half of its unprotected tokens.
         proportional_attention: Add the log of each key's token size to the attention logits (ToMe, eq. 1).
+        restore: Copy merged tokens back to the positions that they came from after the last layer, so that
+            `last_hidden_state` keeps its shape and means over tokens weigh by size. By default on for families whose
+            heads read patch tokens (DINOv2, CLIP, SigLIP, I-JEPA, masked image modelling), off where they read the
+            class token only.
 
     Returns:
         The same model.
@@ -49,8 +65,11 @@ def apply_tome(model: PreTrainedModel, r: Schedule, *, proportional_attention: b
     """
     backbone = find_backbone(model)
     schedule = resolve_schedule(r, len(backbone.layers))
-    hook = _find_hook(backbone.stack)
-    settings = MergeSettings(schedule, backbone.architecture.protected, proportional_attention)
+    hook = _find_hook(backbone.module)
+    if restore is None:
+        # the decoders of SimMIM-style models read the patch tokens
+        restore = backbone.architecture.restore or hasattr(model, "decoder")
+    settings = MergeSettings(schedule, backbone.protected, proportional_attention, restore)
     if hook is not None:
         hook.settings = settings
         return model
@@ -62,7 +81,9 @@ def apply_tome(model: PreTrainedModel, r: Schedule, *, proportional_attention: b
         layer.__class__, attention.__class__ = layer_classes[index], attention_classes[index]
         layer.tome_part = LayerPart(index, backbone.architecture)  # type: ignore[assignment]
         attention.tome_part = backbone.architecture
-    backbone.stack.register_forward_pre_hook(MergeHook(settings), with_kwargs=True)
+    names = list(inspect.signature(type(backbone.module).forward).parameters)[1:]
+    mask_index = names.index("attention_mask") if "attention_mask" in names else None
+    backbone.module.register_forward_pre_hook(MergeHook(settings, mask_index), with_kwargs=True)
     return model
 
 
@@ -76,10 +97,10 @@ def remove_tome(model: PreTrainedModel) -> PreTrainedModel:
         The same model.
     """
     backbone = find_backbone(model)
-    hooks = backbone.stack._forward_pre_hooks
+    hooks = backbone.module._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, MergeHook)]:
         del hooks[key]
-        del backbone.stack._forward_pre_hooks_with_kwargs[key]
+        del backbone.module._forward_pre_hooks_with_kwargs[key]
     for module in backbone.layers.modules():
         if isinstance(module, Merging):
             module.__class__ = module.stock_class  # type: ignore[assignment]
@@ -89,8 +110,73 @@ def remove_tome(model: PreTrainedModel) -> PreTrainedModel:
 
 def get_schedule(model: PreTrainedModel) -> tuple[int, ...] | None:
     """The degrees per layer that a model merges at, or `None` where it is not patched."""
-    hook = _find_hook(find_backbone(model).stack)
+    hook = _find_hook(find_backbone(model).module)
     return None if hook is None else hook.settings.schedule
+
+
+@dataclass
+class TokenTrace:
+    """Where the tokens of the last forward call went.
+
+    Attributes:
+        protected: Tokens at the front that never merge; the others are patches in the order of the grid.
+        positions: For every layer, the position after it of each token that entered the first layer: int64
+            `(batch, input tokens)`. Tokens with the same position were merged.
+    """
+
+    protected: int = 0
+    positions: list[torch.Tensor] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def trace_tokens(model: PreTrainedModel) -> Iterator[TokenTrace]:
+    """Record which input tokens went into which output token, for each forward call within the `with` block.
+
+    Example:
+
+    ```python
+    with trace_tokens(model) as trace:
+        model(pixel_values)
+    trace.positions[-1]  # after the last layer, (batch, tokens)
+    ```
+
+    Args:
+        model: A model that `apply_tome` patched.
+
+    Yields:
+        The trace of the last call; empty before the first.
+
+    Raises:
+        UnsupportedModelError: if the model is not patched.
+    """
+    backbone = find_backbone(model)
+    hook = _find_hook(backbone.module)
+    if hook is None:
+        raise UnsupportedModelError("The model does not merge tokens, so there is nothing to trace. Call apply_tome.")
+    trace = TokenTrace(hook.settings.protected)
+    entering: list[torch.Tensor] = []
+
+    def before(layer: nn.Module, args: tuple) -> None:
+        entering[:] = [args[0]]
+
+    def after(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        batch, tokens, _ = entering[0].shape
+        positions = torch.arange(tokens, device=entering[0].device).expand(batch, -1)
+        trace.positions = []
+        for index in range(len(backbone.layers)):
+            plan = kwargs["tome"].plans.get(index)
+            positions = positions if plan is None else output_positions(plan).gather(1, positions)
+            trace.positions.append(positions)
+
+    handles = (
+        backbone.layers[0].register_forward_pre_hook(before),
+        backbone.module.register_forward_hook(after, with_kwargs=True),
+    )
+    try:
+        yield trace
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -100,6 +186,7 @@ class MergeSettings:
     schedule: tuple[int, ...]
     protected: int
     proportional_attention: bool = True
+    restore: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,12 +214,23 @@ class TokenState:
 
 
 class MergeHook:
-    """Forward pre-hook that gives every call its own `TokenState`."""
+    """Forward pre-hook that gives every call of a backbone its own `TokenState`.
 
-    def __init__(self, settings: MergeSettings):
-        self.settings = settings
+    Args:
+        settings: How to merge.
+        mask_index: Position of `attention_mask` among the arguments of the backbone's forward, or `None`.
+    """
+
+    def __init__(self, settings: MergeSettings, mask_index: int | None):
+        self.settings, self.mask_index = settings, mask_index
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        positional = self.mask_index is not None and len(args) > self.mask_index and args[self.mask_index] is not None
+        if positional or kwargs.get("attention_mask") is not None:
+            raise UnsupportedInputError(
+                "Token merging does not take an attention mask: merged tokens have no single position to mask. "
+                "Call the model without attention_mask, or remove_tome(model) first."
+            )
         return args, {**kwargs, "tome": TokenState(self.settings)}
 
 
@@ -155,11 +253,7 @@ class MergingLayer(Merging):
     def forward(self, hidden_states, attention_mask=None, tome: TokenState | None = None, **kwargs):
         if tome is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        if attention_mask is not None:
-            raise UnsupportedInputError(
-                "Token merging does not take an attention mask: merged tokens have no single position to mask. "
-                "Call the model without attention_mask, or remove_tome(model) first."
-            )
+        # A mask that arrives here is one of ones, which transformers makes while a model is exported.
         index, row = self.tome_part.index, self.tome_part.architecture
         settings = tome.settings
         sizes = tome.sizes.get(index - 1)
@@ -180,7 +274,11 @@ class MergingLayer(Merging):
             hidden_states = merge_tokens(hidden_states, plan, share)
         tome.sizes[index] = cast(torch.Tensor, sizes)
         output = getattr(self, row.mlp)(getattr(self, row.norm_after)(hidden_states))
-        return _residual(self, row.scale_mlp, row.drop, output) + hidden_states
+        hidden_states = _residual(self, row.scale_mlp, row.drop, output) + hidden_states
+        if settings.restore and index == len(settings.schedule) - 1:
+            positions = follow_tokens(tome.plans[i] for i in sorted(tome.plans))
+            hidden_states = restore_tokens(hidden_states, cast(torch.Tensor, positions))
+        return hidden_states
 
 
 class MergingAttention(Merging):
@@ -249,5 +347,5 @@ def _merging_class(stock_class: type[nn.Module], mixin: type[Merging]) -> type[M
     return _CLASSES[stock_class]
 
 
-def _find_hook(stack: nn.Module) -> MergeHook | None:
-    return next((hook for hook in stack._forward_pre_hooks.values() if isinstance(hook, MergeHook)), None)
+def _find_hook(backbone: nn.Module) -> MergeHook | None:
+    return next((hook for hook in backbone._forward_pre_hooks.values() if isinstance(hook, MergeHook)), None)

@@ -1,0 +1,121 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""A small random model of every supported family, and what the slow reference must know about it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers as hf
+
+
+COMMON = {
+    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 32,
+    "patch_size": 4, "num_labels": 5, "initializer_range": 0.3,
+}  # fmt: skip
+PRE_NORM = ("layernorm_before", "attention", None, "layernorm_after", None, "o_proj")
+DINO = ("norm1", "attention", "layer_scale1", "norm2", "layer_scale2", "o_proj")
+CLIP = ("layer_norm1", "self_attn", None, "layer_norm2", None, "out_proj")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One class to test: how to make it, and the names of its parts, written down independently of the package."""
+
+    model_class: Any
+    config: Any
+    protected: int
+    layers: str
+    names: tuple
+    output: str = "logits"
+    audio: bool = False
+
+    def __str__(self):
+        return self.model_class.__name__
+
+    def make(self, seed=0):
+        torch.manual_seed(seed)
+        model = self.model_class(self.config())
+        # transformers starts some parameters at zero or one, where mistakes would not show
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 or any(part in name for part in ("bias", "token", "class_embedding", "lambda")):
+                torch.nn.init.normal_(parameter, std=0.3)
+        return model.eval()
+
+    def inputs(self, batch=3, seed=7):
+        generator = torch.Generator().manual_seed(seed)
+        if self.audio:
+            return {"input_values": torch.randn(batch, 32, 32, generator=generator)}
+        inputs = {"pixel_values": torch.randn(batch, 3, 32, 32, generator=generator)}
+        if self.model_class is hf.ViTMAEModel:  # which shuffles the patches by noise; ascending noise keeps their order
+            inputs["noise"] = torch.linspace(0, 1, 64).repeat(batch, 1)
+        return inputs
+
+    def result(self, model, inputs):
+        """What heads see: logits, the pooled output, or the class token of the last hidden state."""
+        with torch.no_grad():
+            result = getattr(model(**inputs), self.output)
+        return result[:, 0] if self.output == "last_hidden_state" else result
+
+
+def clip_config():
+    vision = {key: value for key, value in COMMON.items() if key != "num_labels"}
+    text = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 9,
+    }
+    return vision, text
+
+
+def clip():
+    vision, text = clip_config()
+    return hf.CLIPConfig(vision_config=vision, text_config=text, num_labels=5, projection_dim=8)
+
+
+def siglip():
+    vision, text = clip_config()
+    return hf.SiglipConfig(vision_config=vision, text_config=text, num_labels=5)
+
+
+def ast():
+    settings = {key: value for key, value in COMMON.items() if key != "image_size"}
+    return hf.ASTConfig(**settings, num_mel_bins=32, max_length=32, frequency_stride=4, time_stride=4)
+
+
+def dino(config_class, **settings):
+    common = {key: value for key, value in COMMON.items() if key != "intermediate_size"}
+    return config_class(**common, mlp_ratio=2, layerscale_value=0.5, **settings)
+
+
+FAMILIES = [
+    Family(hf.ViTForImageClassification, lambda: hf.ViTConfig(**COMMON), 1, "vit.layers", PRE_NORM),
+    Family(hf.ViTModel, lambda: hf.ViTConfig(**COMMON), 1, "layers", PRE_NORM, "pooler_output"),
+    Family(hf.DeiTForImageClassification, lambda: hf.DeiTConfig(**COMMON), 2, "deit.layers", PRE_NORM),
+    Family(hf.DeiTForImageClassificationWithTeacher, lambda: hf.DeiTConfig(**COMMON), 2, "deit.layers", PRE_NORM),
+    Family(hf.ViTMSNForImageClassification, lambda: hf.ViTMSNConfig(**COMMON), 1, "vit.layers", PRE_NORM),
+    Family(
+        hf.ViTMAEModel, lambda: hf.ViTMAEConfig(**COMMON, mask_ratio=0.0), 1, "layers", PRE_NORM, "last_hidden_state"
+    ),
+    Family(hf.IJepaForImageClassification, lambda: hf.IJepaConfig(**COMMON), 0, "ijepa.layers", PRE_NORM),
+    Family(hf.ASTForAudioClassification, ast, 2, "audio_spectrogram_transformer.layers", PRE_NORM, audio=True),
+    Family(hf.Dinov2ForImageClassification, lambda: dino(hf.Dinov2Config), 1, "dinov2.encoder.layer", DINO),
+    Family(
+        hf.Dinov2ForImageClassification,
+        lambda: dino(hf.Dinov2Config, use_swiglu_ffn=True),
+        1,
+        "dinov2.encoder.layer",
+        DINO,
+    ),
+    Family(
+        hf.Dinov2WithRegistersForImageClassification,
+        lambda: dino(hf.Dinov2WithRegistersConfig, num_register_tokens=3),
+        4,
+        "dinov2_with_registers.encoder.layer",
+        DINO,
+    ),
+    Family(hf.CLIPForImageClassification, clip, 1, "vision_model.encoder.layers", CLIP),
+    Family(hf.SiglipForImageClassification, siglip, 0, "vision_model.encoder.layers", CLIP),
+    Family(hf.SiglipVisionModel, lambda: siglip().vision_config, 0, "encoder.layers", CLIP, "pooler_output"),
+]

@@ -1,0 +1,144 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Every family, every way to run it. Adding a family is one row in `families.py`."""
+
+import copy
+import pickle
+
+import pytest
+import reference
+import torch
+from families import FAMILIES
+
+from tocom_hf import apply_tome, remove_tome
+from tocom_hf.patching import get_schedule
+
+
+pytestmark = pytest.mark.parametrize("family", FAMILIES, ids=str)
+SCHEDULES = [5, 40, [0, 7, 0, 3], (6, -1.0)]
+
+
+def entering_tokens(layers, model, inputs):
+    """The tokens that enter the first layer."""
+    captured = []
+    handle = layers[0].register_forward_pre_hook(lambda module, args: captured.append(args[0]))
+    model(**inputs)
+    handle.remove()
+    return captured[0]
+
+
+@pytest.mark.parametrize("r", SCHEDULES, ids=str)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_layers_equal_the_slow_reference(family, r, implementation):
+    model = family.make().double()
+    model.set_attn_implementation(implementation)
+    inputs = {name: value.double() for name, value in family.inputs(batch=2).items()}
+    layers = model.get_submodule(family.layers)
+    with torch.no_grad():
+        tokens = entering_tokens(layers, model, inputs)
+        apply_tome(model, r)
+        found = model(**inputs, output_hidden_states=True).hidden_states[-1]
+        schedule = get_schedule(model)
+        remove_tome(model)
+        expected, groups = reference.hidden_states(layers, tokens, schedule, family.protected, family.names)
+    if found.shape != expected.shape:
+        expected = reference.restore(expected, groups)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_degree_zero_is_the_untouched_model_bit_for_bit(family):
+    model, inputs = family.make(), family.inputs()
+    expected = family.result(model, inputs)
+    assert torch.equal(family.result(apply_tome(model, 0), inputs), expected)
+    assert not torch.equal(family.result(apply_tome(model, 9), inputs).mean(), expected.mean())
+    assert torch.equal(family.result(remove_tome(model), inputs), expected)
+
+
+def test_duplicates_merge_without_a_trace(family):
+    """Groups of four identical tokens: merging them is exact, so every head must give what the dense model gives."""
+    model, inputs = family.make(), family.inputs()
+    layers = model.get_submodule(family.layers)
+    protected = family.protected
+
+    def duplicate(module, args):
+        tokens = args[0].clone()
+        first = torch.arange(protected, tokens.shape[1] - 3, 4)
+        for offset in range(1, 4):
+            tokens[:, first + offset] = tokens[:, first]
+        return (tokens, *args[1:])
+
+    layers[0].register_forward_pre_hook(duplicate)
+    dense = family.result(model, inputs)
+    merged = family.result(apply_tome(model, [32, 16, 0, 0]), inputs)
+    torch.testing.assert_close(merged, dense, rtol=1e-4, atol=1e-4)
+
+
+def test_restored_outputs_keep_their_shape(family):
+    model, inputs = family.make(), family.inputs()
+    dense = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    apply_tome(model, 7, restore=True)
+    assert model(**inputs, output_hidden_states=True).hidden_states[-1].shape == dense.shape
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
+    def gradients(checkpointing):
+        model = apply_tome(family.make(), 6).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        getattr(model(**family.inputs()), family.output).square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, found = gradients(False), gradients(True)
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("copies", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_give_the_same(family, copies):
+    model, inputs = apply_tome(family.make(), 6), family.inputs()
+    assert torch.equal(family.result(copies(model), inputs), family.result(model, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_runs(family, dtype):
+    inputs = family.inputs()
+    model = apply_tome(family.make(), 6).to(dtype)
+    result = family.result(model, {name: value.to(dtype) for name, value in inputs.items()})
+    assert result.dtype == dtype
+    assert result.isfinite().all()
+
+
+def test_autocast_runs(family):
+    model = apply_tome(family.make(), 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert family.result(model, family.inputs()).isfinite().all()
+
+
+def test_an_input_does_not_depend_on_its_batch(family):
+    model = apply_tome(family.make().double(), 6)
+    inputs = {name: value.double() for name, value in family.inputs().items()}
+    together = family.result(model, inputs)
+    alone = [family.result(model, {name: value[i : i + 1] for name, value in inputs.items()}) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-9, atol=1e-9)
+
+
+def test_compiles_as_one_graph_and_once(family):
+    torch._dynamo.reset()
+    model, inputs = apply_tome(family.make(), [6, 0, 5, 3]), family.inputs()
+    # the eager backend shows graph breaks and recompilations as any other, without waiting for a compiler
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(family.result(compiled, inputs), family.result(model, inputs), rtol=1e-5, atol=1e-5)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        other = family.inputs(seed=8)
+        torch.testing.assert_close(family.result(compiled, other), family.result(model, other), rtol=1e-5, atol=1e-5)
+
+
+def test_exports_with_a_dynamic_batch(family):
+    model, inputs = apply_tome(family.make(), 6), family.inputs()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = {name: {0: batch} for name in inputs}
+    with torch.no_grad():
+        exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False).module()
+    other = family.inputs(batch=5)
+    torch.testing.assert_close(family.result(exported, other), family.result(model, other), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,152 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""The scripts, run as a user runs them, on the real images that the repository carries."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+from tocom_hf import PluginSet, TocomModel, apply_tome, save_composite
+from tocom_hf.data import load_images, with_pixel_values
+
+
+ROOT = Path(__file__).parent.parent
+CHECKPOINT = ROOT / "examples" / "fashion_mnist" / "checkpoint"
+IMAGES = ROOT / "examples" / "fashion_mnist" / "test.parquet"
+PLUGINS = ROOT / "hub_cards" / "tocom-vit-fashion-mnist"
+
+
+def run(*command, cwd):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(cwd / "cache")}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory):
+    """The first 400 embedded images, as the checkpoint's processor makes them."""
+    images = load_images(str(IMAGES), split="test", label_column="label", max_samples=400)
+    dataset = with_pixel_values(images, AutoImageProcessor.from_pretrained(CHECKPOINT), label_column="label")
+    return next(iter(DataLoader(dataset, batch_size=400)))
+
+
+def logits(model, pixel_values):
+    with torch.no_grad():
+        return model(pixel_values=pixel_values).logits
+
+
+def test_the_embedded_checkpoint_is_respectable(batch):
+    model = AutoModelForImageClassification.from_pretrained(CHECKPOINT)
+    assert (logits(model, batch["pixel_values"]).argmax(-1) == batch["labels"]).float().mean() > 0.88
+
+
+@pytest.mark.parametrize("target_r", [8, 12, 16])
+def test_the_sign_of_the_shipped_set(batch, target_r):
+    """Design: adding brings the outputs closer to those at r = 0, subtracting takes them further away."""
+
+    def divergence(scale):
+        model = TocomModel.from_pretrained(CHECKPOINT, plugins=PLUGINS, target_r=target_r, scale=scale)
+        student = logits(model, batch["pixel_values"]).log_softmax(-1)
+        model.set_target_r(0)
+        teacher = logits(model, batch["pixel_values"]).log_softmax(-1)
+        return F.kl_div(student, teacher, log_target=True, reduction="batchmean").item()
+
+    trained = PluginSet.from_pretrained(PLUGINS).config.trained_scale
+    assert divergence(trained) < 0.95 * divergence(0.0) < 0.95 * divergence(-trained)
+
+
+def test_each_shipped_plugin_loads_with_stock_peft(batch):
+    plugins = PluginSet.from_pretrained(PLUGINS)
+    for index in range(plugins.config.max_r):
+        name = f"P_{index}_{index + 1}"
+        backbone = AutoModel.from_pretrained(CHECKPOINT, add_pooling_layer=False)
+        with torch.no_grad():
+            plain = backbone(batch["pixel_values"][:2]).last_hidden_state
+            adapted = PeftModel.from_pretrained(backbone, PLUGINS, subfolder=name)(
+                pixel_values=batch["pixel_values"][:2]
+            ).last_hidden_state
+        assert not torch.equal(adapted, plain)
+
+
+def test_the_chain_from_4_to_16_as_one_peft_adapter(batch, tmp_path):
+    plugins = PluginSet.from_pretrained(PLUGINS)
+    save_composite(plugins.compose(4, 16), tmp_path)
+    model = apply_tome(AutoModelForImageClassification.from_pretrained(CHECKPOINT), 16)
+    PeftModel.from_pretrained(model.vit, tmp_path)
+    unrecorded = AutoModelForImageClassification.from_pretrained(CHECKPOINT)
+    del unrecorded.config.tocom
+    composed = TocomModel.from_pretrained(unrecorded, plugins=plugins, source_r=4, target_r=16)
+    pixel_values = batch["pixel_values"][:16]
+    torch.testing.assert_close(logits(composed, pixel_values), logits(model, pixel_values), rtol=1e-5, atol=1e-5)
+
+
+def test_quickstart_prints_its_table_and_writes_its_plot(tmp_path):
+    code, output, errors = run(
+        ROOT / "examples/quickstart.py", "--target_r", 0, 16, "--dataset_split", "test[:100]", cwd=tmp_path
+    )
+    assert code == 0, errors
+    rows = [line.split() for line in output.splitlines() if line.lstrip()[:1].isdigit()]
+    assert [row[0] for row in rows if len(row) == 6] == ["0", "16"]
+    assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_distill_under_accelerate_launch(tmp_path, processes):
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes, "--num_machines", 1]
+    code, _, errors = run(
+        *launch, "--mixed_precision", "no", "--dynamo_backend", "no", ROOT / "examples/distill.py",
+        "--model_name_or_path", CHECKPOINT, "--dataset_name", IMAGES, "--dataset_split", "test",
+        "--max_train_samples", 64, "--per_device_train_batch_size", 16 // processes, "--num_train_epochs", 1,
+        "--learning_rate", 0.03, "--output_dir", tmp_path / "set", cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 0, errors
+    plugins = PluginSet.from_pretrained(tmp_path / "set")
+    assert plugins.config.training["steps"] == 4
+    assert plugins.config.training["num_processes"] == processes
+    model = TocomModel.from_pretrained(CHECKPOINT, plugins=plugins, target_r=16)
+    assert model.target_r == 16
+
+
+def test_finetune_records_its_source_degree(tmp_path):
+    code, _, errors = run(
+        ROOT / "examples/finetune.py", "--model_name_or_path", CHECKPOINT, "--dataset_name", IMAGES,
+        "--train_split", "test[:64]", "--eval_split", "test[64:128]", "--source_r", 0, "--max_steps", 2,
+        "--per_device_train_batch_size", 16, "--learning_rate", 1e-4, "--output_dir", tmp_path / "tuned",
+        "--report_to", "none", "--use_cpu", "--save_strategy", "no", cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 0, errors
+    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["tocom"]["source_r"] == 0
+    assert json.loads((tmp_path / "tuned" / "eval_results.json").read_text())["eval_accuracy"] > 0.8
+    model = TocomModel.from_pretrained(tmp_path / "tuned", plugins=PLUGINS, target_r=12)
+    assert (model.source_r, model.target_r) == (0, 12)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("distill", ["--image_column", "picture"], "DatasetError: The data set .* has no column 'picture'"),
+        ("distill", ["--max_train_samples", "3"], "DatasetError: The data set has 3 images"),
+        ("distill", ["--max_r", "0"], "DegreeError: max_r must be at least 1"),
+        ("quickstart", ["--target_r", "17"], "DegreeError: target_r=17 is outside the plugin set"),
+        ("quickstart", ["--source_r", "4"], "DegreeError: source_r=4 contradicts"),
+    ],
+)
+def test_wrong_use_writes_nothing(tmp_path, script, arguments, message):
+    common = ["--model_name_or_path", CHECKPOINT, "--dataset_name", IMAGES, "--dataset_split", "test[:20]"]
+    output = ["--output_dir", tmp_path / "set"] if script == "distill" else ["--output", tmp_path / "plot.png"]
+    code, _, errors = run(ROOT / f"examples/{script}.py", *common, *output, *arguments, cwd=tmp_path)
+    assert code != 0
+    assert re.search(message, errors), errors
+    assert not (tmp_path / "set").exists()
+    assert not (tmp_path / "plot.png").exists()
