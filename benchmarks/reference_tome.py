@@ -2,7 +2,8 @@
 """The reference algorithm of ToMe on a transformers ViT, step by step as the paper's release does it, for comparison.
 
 Full sorts, one gather or scatter for each tensor, sizes merged in a pass of their own, state in a dictionary that all
-layers share. Attention runs through the same fused kernels as everything else in the benchmark.
+layers share, and attention written out as in the release. With `fused_attention` that runs through torch's fused
+kernels, as dense transformers models and tocom_hf do.
 """
 
 import functools
@@ -35,7 +36,7 @@ def soft_matching(metric, r):
     return merge
 
 
-def layer_forward(layer, state, r, hidden_states, attention_mask=None, **kwargs):
+def layer_forward(layer, state, r, fused_attention, hidden_states, attention_mask=None, **kwargs):
     attention = layer.attention
     residual = hidden_states
     hidden_states = layer.layernorm_before(hidden_states)
@@ -47,7 +48,11 @@ def layer_forward(layer, state, r, hidden_states, attention_mask=None, **kwargs)
     query, key, value = heads(attention.q_proj), heads(attention.k_proj), heads(attention.v_proj)
     size = state.get("size")
     bias = None if size is None else size.log()[:, None, None, :, 0].to(query.dtype)
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    if fused_attention:
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    else:
+        logits = (query @ key.transpose(-2, -1)) * attention.scaling
+        mixed = (logits if bias is None else logits + bias).softmax(dim=-1) @ value
     hidden_states = residual + attention.o_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
     r = min(r, (tokens - 1) // 2)
     if r > 0:
@@ -59,11 +64,11 @@ def layer_forward(layer, state, r, hidden_states, attention_mask=None, **kwargs)
     return hidden_states + layer.mlp(layer.layernorm_after(hidden_states))
 
 
-def apply_reference_tome(model, r):
+def apply_reference_tome(model, r, fused_attention=False):
     """Patch a `ViTForImageClassification` or `ViTModel` in place."""
     backbone = getattr(model, "vit", model)
     state = {}
     backbone.register_forward_pre_hook(lambda *_: state.clear())
     for layer in backbone.layers:
-        layer.forward = functools.partial(layer_forward, layer, state, r)
+        layer.forward = functools.partial(layer_forward, layer, state, r, fused_attention)
     return model

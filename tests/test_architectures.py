@@ -2,7 +2,9 @@
 """Every family, every way to run it. Adding a family is one row in `families.py`."""
 
 import copy
+import functools
 import pickle
+import threading
 
 import pytest
 import reference
@@ -142,3 +144,44 @@ def test_exports_with_a_dynamic_batch(family):
         exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False).module()
     other = family.inputs(batch=5)
     torch.testing.assert_close(family.result(exported, other), family.result(model, other), rtol=1e-5, atol=1e-5)
+
+
+def run_in_threads(calls):
+    """The results of several calls that run at once, three times over."""
+    found = [None] * len(calls)
+
+    def run(index):
+        for _ in range(3):
+            found[index] = calls[index]()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_threads_do_not_disturb_each_other(family):
+    model = apply_tome(family.make(), 6)
+    batches = [family.inputs(batch=2, seed=seed) for seed in range(6)]
+    found = run_in_threads([functools.partial(family.result, model, batch) for batch in batches])
+    for result, batch in zip(found, batches, strict=True):
+        torch.testing.assert_close(result, family.result(model, batch), rtol=1e-5, atol=1e-6)
+
+
+def replicate(module):
+    """What `DataParallel` makes of a module for each device."""
+    replica = module._replicate_for_data_parallel()
+    replica._parameters = dict(module._parameters)
+    replica._modules = {name: child and replicate(child) for name, child in module._modules.items()}
+    return replica
+
+
+def test_replicas_of_data_parallel(family):
+    model = apply_tome(family.make(), 6)
+    batches = [family.inputs(batch=2, seed=seed) for seed in range(2)]
+    replicas = [replicate(model) for _ in batches]
+    calls = [functools.partial(family.result, *pair) for pair in zip(replicas, batches, strict=True)]
+    for result, batch in zip(run_in_threads(calls), batches, strict=True):
+        torch.testing.assert_close(result, family.result(model, batch), rtol=1e-5, atol=1e-6)

@@ -9,8 +9,8 @@ from tocom_hf import DegreeError
 from tocom_hf.merging import (
     clamp_r,
     match_tokens,
-    merge_sizes,
     merge_tokens,
+    plan_merge,
     proportional_bias,
     resolve_schedule,
     tokens_per_layer,
@@ -24,8 +24,9 @@ def merge_twice(metric, hidden_states, r, protected):
         degree = clamp_r(r, hidden_states.shape[1], protected)
         if degree:
             plan = match_tokens(metric, degree, protected)
-            sizes, share = merge_sizes(sizes, plan)
-            hidden_states, metric = merge_tokens(hidden_states, plan, share), merge_tokens(metric, plan, share)
+            merge = plan_merge(plan, sizes)
+            sizes = merge.sizes
+            hidden_states, metric = merge_tokens(hidden_states, merge), merge_tokens(metric, merge)
         results.append((hidden_states, sizes))
     return results
 
@@ -75,8 +76,8 @@ def test_ties_lose_no_token(tokens, protected):
     if r == 0:
         return
     plan = match_tokens(metric, r, protected)
-    sizes, share = merge_sizes(None, plan)
-    merged = merge_tokens(hidden_states, plan, share)
+    merge = plan_merge(plan, None)
+    sizes, merged = merge.sizes, merge_tokens(hidden_states, merge)
     assert merged.shape[1] == sizes.shape[1] == tokens - r
     assert (sizes.sum(1) == tokens).all()
     torch.testing.assert_close((merged * sizes[..., None]).sum(1), hidden_states.sum(1), rtol=1e-6, atol=1e-6)
@@ -87,8 +88,8 @@ def test_ties_lose_no_token(tokens, protected):
 
 def test_zero_keys_do_not_make_nan():
     metric, hidden_states = torch.zeros(1, 9, 4), torch.randn(1, 9, 3)
-    plan = match_tokens(metric, 3, 1)
-    assert merge_tokens(hidden_states, plan, merge_sizes(None, plan)[1]).isfinite().all()
+    merge = plan_merge(match_tokens(metric, 3, 1), None)
+    assert merge_tokens(hidden_states, merge).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -102,10 +103,10 @@ def test_half_precision_merges_the_same_tokens_as_its_values_in_float64(dtype):
 
 def test_gradients_of_merging_are_those_of_the_weighted_mean():
     metric = torch.randn(2, 11, 4, generator=torch.Generator().manual_seed(0))
-    plan = match_tokens(metric, 4, 1)
-    _, share = merge_sizes(None, plan)
+    merge = plan_merge(match_tokens(metric, 4, 1), None)
+    merge = merge._replace(share=merge.share.double())
     hidden_states = torch.randn(2, 11, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: merge_tokens(x, plan, share.double()), (hidden_states,))
+    assert torch.autograd.gradcheck(lambda x: merge_tokens(x, merge), (hidden_states,))
 
 
 def test_proportional_bias_is_the_log_of_the_sizes():

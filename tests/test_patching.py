@@ -2,7 +2,6 @@
 import copy
 import io
 import pickle
-import threading
 
 import pytest
 import reference
@@ -111,27 +110,6 @@ def test_gradients_equal_those_of_the_slow_reference(model, pixel_values):
     expected = torch.autograd.grad(slow.square().sum(), weight)
     found = apply_tome(model, 6)(pixel_values, output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(torch.autograd.grad(found.square().sum(), weight), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_threads_do_not_disturb_each_other(model):
-    apply_tome(model, 6)
-    batches = [torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    with torch.no_grad():
-        expected = [model(batch).logits for batch in batches]
-    found = [None] * len(batches)
-
-    def run(i):
-        with torch.no_grad():
-            for _ in range(5):
-                found[i] = model(batches[i]).logits
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(batches))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_attention_masks_are_refused(model, pixel_values):

@@ -35,6 +35,23 @@ class MergePlan(NamedTuple):
     into: torch.Tensor
 
 
+class Merge(NamedTuple):
+    """A plan together with what it does to token sizes.
+
+    Attributes:
+        plan: Which token goes where.
+        sizes (`torch.Tensor` of shape `(batch, tokens - r)`): Sizes of the output tokens, float32.
+        share (`torch.Tensor` of shape `(batch, r)`): The share of its output token that each merged token makes up,
+            float32.
+        rows: The plan's indices into the tokens of the whole batch, `(batch * tokens, ...)`, each of them flat.
+    """
+
+    plan: MergePlan
+    sizes: torch.Tensor
+    share: torch.Tensor
+    rows: MergePlan
+
+
 def resolve_schedule(r: Schedule, num_layers: int) -> tuple[int, ...]:
     """Spell a merging degree out as one non-negative integer per layer (ToMe, section 4.1 and appendix D).
 
@@ -126,16 +143,12 @@ def match_tokens(metric: torch.Tensor, r: int, protected: int) -> MergePlan:
     return MergePlan(kept, merged * 2 + first_a, into)
 
 
-def merge_sizes(sizes: torch.Tensor | None, plan: MergePlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add up the sizes of merged tokens.
+def plan_merge(plan: MergePlan, sizes: torch.Tensor | None) -> Merge:
+    """Add the sizes of the merged tokens up, and with them the weights of the mean.
 
     Args:
+        plan: Which token goes where.
         sizes: Float32 `(batch, tokens)`, or `None` where every token still has size 1.
-        plan: The layer's plan.
-
-    Returns:
-        The sizes of the output tokens, float32 `(batch, tokens - r)`, and for every merged token the share of its
-        output token that it makes up, float32 `(batch, r)`.
     """
     if sizes is None:
         sizes_out = torch.ones(plan.kept.shape, dtype=torch.float32, device=plan.kept.device)
@@ -143,10 +156,15 @@ def merge_sizes(sizes: torch.Tensor | None, plan: MergePlan) -> tuple[torch.Tens
     else:
         sizes_out, own = sizes.gather(1, plan.kept), sizes.gather(1, plan.merged)
     sizes_out = sizes_out.scatter_add(1, plan.into, own)
-    return sizes_out, own / sizes_out.gather(1, plan.into)
+    share = own / sizes_out.gather(1, plan.into)
+    batch, tokens_out = plan.kept.shape
+    first = torch.arange(batch, device=plan.kept.device).unsqueeze(1)
+    first_in, first_out = first * (tokens_out + plan.merged.shape[1]), first * tokens_out
+    rows = MergePlan(plan.kept + first_in, plan.merged + first_in, plan.into + first_out)
+    return Merge(plan, sizes_out, share, MergePlan(*(index.flatten() for index in rows)))
 
 
-def merge_tokens(hidden_states: torch.Tensor, plan: MergePlan, share: torch.Tensor) -> torch.Tensor:
+def merge_tokens(hidden_states: torch.Tensor, merge: Merge) -> torch.Tensor:
     """Merge tokens into their partners by the size-weighted mean (ToMe, section 3, step 5).
 
     A token B that takes in tokens k of shares w_k becomes `B + sum_k w_k (x_k - B)`, which is the size-weighted mean of
@@ -154,20 +172,18 @@ def merge_tokens(hidden_states: torch.Tensor, plan: MergePlan, share: torch.Tens
 
     Args:
         hidden_states: Floating `(batch, tokens, hidden)`.
-        plan: The layer's plan.
-        share: What `merge_sizes` returned for it, `(batch, r)`.
+        merge: What `plan_merge` returned.
 
     Returns:
         `(batch, tokens - r, hidden)`, in the dtype of `hidden_states`.
     """
-    batch, tokens, hidden = hidden_states.shape
-    rows = torch.arange(batch, device=hidden_states.device).unsqueeze(1)
-    flat = hidden_states.reshape(-1, hidden)
-    output = flat.index_select(0, (plan.kept + rows * tokens).flatten())
-    into = (plan.into + rows * plan.kept.shape[1]).flatten()
-    merged = flat.index_select(0, (plan.merged + rows * tokens).flatten())
-    change = (merged - output.index_select(0, into)) * share.to(flat.dtype).view(-1, 1)
-    return output.index_add(0, into, change).view(batch, -1, hidden)
+    kept, merged, into = merge.rows
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    output = flat.index_select(0, kept)
+    change = flat.index_select(0, merged) - output.index_select(0, into)
+    change = change * merge.share.to(flat.dtype).view(-1, 1)
+    # in place: the output is fresh, and no backward pass needs its values
+    return output.index_add_(0, into, change).view(*merge.plan.kept.shape, -1)
 
 
 def proportional_bias(sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

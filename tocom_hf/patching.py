@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -25,9 +25,9 @@ from .merging import (
     clamp_r,
     follow_tokens,
     match_tokens,
-    merge_sizes,
     merge_tokens,
     output_positions,
+    plan_merge,
     proportional_bias,
     resolve_schedule,
     restore_tokens,
@@ -213,6 +213,22 @@ class TokenState:
     plans: dict[int, MergePlan] = field(default_factory=dict)
 
 
+class AttentionCall(NamedTuple):
+    """What a layer tells its attention about one forward call.
+
+    Attributes:
+        settings: The settings of the call.
+        sizes: Sizes of the tokens that enter, or `None` where all are 1.
+        r: How many tokens to merge.
+        plan: The plan to merge by where the layer is recomputed, else `None`.
+    """
+
+    settings: MergeSettings
+    sizes: torch.Tensor | None
+    r: int
+    plan: MergePlan | None
+
+
 class MergeHook:
     """Forward pre-hook that gives every call of a backbone its own `TokenState`.
 
@@ -246,7 +262,7 @@ class Merging(nn.Module):
 
 
 class MergingLayer(Merging):
-    """Mixin for a pre-norm transformer layer: merges between the attention residual and the MLP (ToMe, section 3)."""
+    """Mixin for a pre-norm transformer layer: merges between attention and MLP (ToMe, section 3)."""
 
     tome_part: LayerPart
 
@@ -255,26 +271,21 @@ class MergingLayer(Merging):
             return super().forward(hidden_states, attention_mask, **kwargs)
         # A mask that arrives here is one of ones, which transformers makes while a model is exported.
         index, row = self.tome_part.index, self.tome_part.architecture
-        settings = tome.settings
-        sizes = tome.sizes.get(index - 1)
+        settings, sizes = tome.settings, tome.sizes.get(index - 1)
         r = clamp_r(settings.schedule[index], hidden_states.shape[1], settings.protected)
         if sizes is None and r == 0:
             return super().forward(hidden_states, attention_mask, **kwargs)
 
         normed = getattr(self, row.norm_before)(hidden_states)
-        attended, _, metric = getattr(self, row.attention)(
-            normed, tome_sizes=sizes if settings.proportional_attention else None, tome_metric=r > 0, **kwargs
-        )
-        hidden_states = _residual(self, row.scale_attention, row.drop, attended) + hidden_states
-        if r > 0:
-            plan = tome.plans.get(index)
-            if plan is None:
-                plan = tome.plans[index] = match_tokens(metric, r, settings.protected)
-            sizes, share = merge_sizes(sizes, plan)
-            hidden_states = merge_tokens(hidden_states, plan, share)
+        call = AttentionCall(settings, sizes, r, tome.plans.get(index))
+        branch, _, merge = getattr(self, row.attention)(normed, tome=call, **kwargs)
+        if merge is not None:
+            tome.plans[index], sizes = merge.plan, merge.sizes
+            hidden_states = merge_tokens(hidden_states, merge)
         tome.sizes[index] = cast(torch.Tensor, sizes)
-        output = getattr(self, row.mlp)(getattr(self, row.norm_after)(hidden_states))
-        hidden_states = _residual(self, row.scale_mlp, row.drop, output) + hidden_states
+        hidden_states = _residual(self, row.scale_attention, row.drop, branch) + hidden_states
+        branch = getattr(self, row.mlp)(getattr(self, row.norm_after)(hidden_states))
+        hidden_states = _residual(self, row.scale_mlp, row.drop, branch) + hidden_states
         if settings.restore and index == len(settings.schedule) - 1:
             positions = follow_tokens(tome.plans[i] for i in sorted(tome.plans))
             hidden_states = restore_tokens(hidden_states, cast(torch.Tensor, positions))
@@ -282,15 +293,19 @@ class MergingLayer(Merging):
 
 
 class MergingAttention(Merging):
-    """Mixin for self-attention: adds the proportional bias and hands out the keys, averaged over heads."""
+    """Mixin for self-attention: adds the proportional bias, matches tokens by their keys, and merges its output.
+
+    The output is merged before the output projection. That is affine, so it gives the same as merging behind it, for
+    fewer tokens.
+    """
 
     tome_part: Architecture
     config: PreTrainedConfig
 
-    def forward(self, hidden_states, attention_mask=None, *, tome_sizes=None, tome_metric=None, **kwargs):
-        if tome_metric is None:
+    def forward(self, hidden_states, attention_mask=None, *, tome: AttentionCall | None = None, **kwargs):
+        if tome is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        row = self.tome_part
+        row, settings = self.tome_part, tome.settings
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = getattr(self, row.query)(hidden_states).view(shape)
         key = getattr(self, row.key)(hidden_states).view(shape)
@@ -298,18 +313,23 @@ class MergingAttention(Merging):
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, sys.modules[self.stock_class.__module__].eager_attention_forward
         )
+        sizes = tome.sizes if settings.proportional_attention else None
         output, weights = attention(
             self,
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            None if tome_sizes is None else proportional_bias(tome_sizes, key.dtype),
+            None if sizes is None else proportional_bias(sizes, key.dtype),
             dropout=getattr(self, row.dropout) if self.training else 0.0,
             scaling=getattr(self, row.scaling),
             **kwargs,
         )
-        output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        return getattr(self, row.output)(output), weights, key.detach().mean(dim=2) if tome_metric else None
+        output, merge = output.reshape(*hidden_states.shape[:-1], -1), None
+        if tome.r > 0:
+            plan = tome.plan or match_tokens(key.detach().mean(dim=2), tome.r, settings.protected)
+            merge = plan_merge(plan, tome.sizes)
+            output = merge_tokens(output, merge)
+        return getattr(self, row.output)(output), weights, merge
 
 
 def _residual(layer: nn.Module, scale: str | None, drop: str | None, branch: torch.Tensor) -> torch.Tensor:
