@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dataset_name", default=str(EMBEDDED / "test.parquet"))
     parser.add_argument("--dataset_split", default="test")
     parser.add_argument("--source_r", type=int, default=None, help="Default: what the checkpoint records.")
-    parser.add_argument("--target_r", type=int, nargs="+", default=[0, 4, 8, 12, 16])
+    parser.add_argument("--target_r", type=int, nargs="+", default=[0, 2, 4, 6, 8])
     parser.add_argument("--output", type=Path, default=Path("quickstart.png"), help="Where the plot goes.")
     return parser.parse_args()
 

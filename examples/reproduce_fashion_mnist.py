@@ -31,7 +31,7 @@ from tocom_hf.distillation import DistillationArguments, distill
 LABELS = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle-boot"]
 VALIDATION = 2_000  # the last images of the training file, used to pick the scale and never trained on
 TEST_IMAGES = 800  # the first images of the test file, which the repository carries
-DEGREES = (0, 4, 8, 12, 16)
+DEGREES = (0, 2, 4, 6, 8)
 SCALES = (0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3)
 
 
@@ -45,11 +45,10 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--coarse_epochs", type=int, default=8, help="Epochs at patch size 4 (50 tokens).")
-    parser.add_argument("--fine_epochs", type=int, default=2, help="Epochs at patch size 2 (197 tokens).")
+    parser.add_argument("--epochs", type=int, default=8, help="Epochs of training.")
     parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--plugin_epochs", type=int, default=1, help="Passes of distillation over the images.")
-    parser.add_argument("--plugin_lr", type=float, default=1.6e-2, help="Learning rate at a batch of 512.")
+    parser.add_argument("--plugin_epochs", type=int, default=4, help="Passes of distillation over the images.")
+    parser.add_argument("--plugin_lr", type=float, default=6.4e-2, help="Learning rate at a batch of 512.")
     return parser.parse_args()
 
 
@@ -82,28 +81,13 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return padded[torch.arange(count)[:, None, None], shift[0][:, :, None], shift[1][:, None, :]]
 
 
-def make_model(patch_size: int) -> ViTForImageClassification:
+def make_model() -> ViTForImageClassification:
     config = ViTConfig(
         hidden_size=64, num_hidden_layers=12, num_attention_heads=2, intermediate_size=256,
-        image_size=28, patch_size=patch_size, num_channels=3, initializer_range=0.08,
+        image_size=28, patch_size=4, num_channels=3, initializer_range=0.08,
         id2label=dict(enumerate(LABELS)), label2id={name: i for i, name in enumerate(LABELS)},
     )  # fmt: skip
     return ViTForImageClassification(config)
-
-
-def refine_patches(coarse: ViTForImageClassification) -> ViTForImageClassification:
-    """Carry a model from patch size 4 to patch size 2: all weights stay, positions and patch kernel are resized."""
-    fine = make_model(patch_size=2)
-    state = coarse.state_dict()
-    positions = state["vit.embeddings.position_embeddings"]
-    grid = positions[:, 1:].transpose(1, 2).unflatten(2, (7, 7))
-    grid = F.interpolate(grid, size=(14, 14), mode="bicubic").flatten(2).transpose(1, 2)
-    state["vit.embeddings.position_embeddings"] = torch.cat([positions[:, :1], grid], dim=1)
-    kernel = "vit.embeddings.patch_embeddings.projection.weight"
-    # a quarter of the pixels, so four times the weight, keeps the patch embedding at its size
-    state[kernel] = 4 * F.interpolate(state[kernel], size=(2, 2), mode="area")
-    fine.load_state_dict(state)
-    return fine
 
 
 def accuracy(model: ViTForImageClassification, images: torch.Tensor, labels: torch.Tensor) -> float:
@@ -116,10 +100,9 @@ def accuracy(model: ViTForImageClassification, images: torch.Tensor, labels: tor
     return hits / len(labels)
 
 
-def train(model, images, labels, *, epochs: int, lr: float, state_file: Path, args) -> ViTForImageClassification:
+def train(model, images, labels, args: argparse.Namespace) -> ViTForImageClassification:
     """Train with a cosine schedule; the state after every epoch is on disk, written atomically."""
-    # on a CPU bfloat16 pays with many tokens only
-    bfloat16 = torch.autocast("cpu", torch.bfloat16, enabled=model.config.patch_size == 2)
+    state_file, epochs, lr = args.output_dir / "train.pt", args.epochs, 1e-3
     train_x, train_y = images[:-VALIDATION], labels[:-VALIDATION]
     steps = len(train_x) // args.batch_size
     matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
@@ -139,9 +122,8 @@ def train(model, images, labels, *, epochs: int, lr: float, state_file: Path, ar
         total = 0.0
         for batch in torch.randperm(len(train_x), generator=generator).split(args.batch_size)[:steps]:
             pixel_values = to_pixel_values(augment(train_x[batch], generator))
-            with bfloat16:
-                logits = model(pixel_values=pixel_values).logits
-            loss = F.cross_entropy(logits.float(), train_y[batch], label_smoothing=0.1)
+            logits = model(pixel_values=pixel_values).logits
+            loss = F.cross_entropy(logits, train_y[batch], label_smoothing=0.1)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
@@ -153,9 +135,7 @@ def train(model, images, labels, *, epochs: int, lr: float, state_file: Path, ar
         torch.save(state, state_file.with_suffix(".part"))
         os.replace(state_file.with_suffix(".part"), state_file)
         held_out = accuracy(model, images[-VALIDATION:], labels[-VALIDATION:])
-        print(
-            f"{state_file.stem} epoch {epoch + 1}/{epochs} loss {total / steps:.4f} held-out {held_out:.4f}", flush=True
-        )
+        print(f"epoch {epoch + 1}/{epochs} loss {total / steps:.4f} held-out {held_out:.4f}", flush=True)
     return model
 
 
@@ -223,14 +203,15 @@ def main() -> None:
     set_seed(args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     images, labels = load_split(args.data_dir, "train")
-    coarse = train(make_model(patch_size=4), images, labels, epochs=args.coarse_epochs, lr=1e-3,
-                   state_file=args.output_dir / "coarse.pt", args=args)  # fmt: skip
-    model = train(refine_patches(coarse), images, labels, epochs=args.fine_epochs, lr=5e-4,
-                  state_file=args.output_dir / "fine.pt", args=args)  # fmt: skip
+    model = train(make_model(), images, labels, args)
     folder = args.output_dir / "distilled"
     if not (folder / CONFIG_NAME).exists():
         settings = DistillationArguments(
-            num_train_epochs=1, per_device_train_batch_size=64, learning_rate=args.plugin_lr, seed=args.seed
+            max_r=DEGREES[-1],
+            num_train_epochs=1,
+            per_device_train_batch_size=64,
+            learning_rate=args.plugin_lr,
+            seed=args.seed,
         )
         data = Augmented(images[:-VALIDATION], args.plugin_epochs, args.seed)
         distill(model, data, settings, Accelerator(cpu=True), base_model="vit-fashion-mnist").save_pretrained(folder)
