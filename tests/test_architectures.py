@@ -10,8 +10,10 @@ import pytest
 import reference
 import torch
 from families import FAMILIES
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from tocom_hf import apply_tome, remove_tome
+from tocom_hf.architectures import find_backbone
 from tocom_hf.patching import get_schedule
 
 
@@ -45,6 +47,23 @@ def test_layers_equal_the_slow_reference(family, r, implementation):
     if found.shape != expected.shape:
         expected = reference.restore(expected, groups)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_flash_attention_gets_no_mask_and_the_same_result(family):
+    """Flash kernels take no bias. A stand-in that insists on it shows what they would be given."""
+
+    def kernel(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        assert attention_mask is None
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling)
+        return output.transpose(1, 2), None
+
+    model, inputs = apply_tome(family.make(), 6), family.inputs()
+    expected = family.result(model, inputs)
+    AttentionInterface.register("flash_stand_in", kernel)
+    AttentionMaskInterface.register("flash_stand_in", lambda *args, **kwargs: None)
+    # set_attn_implementation would look for a kernel of that name on the Hub
+    find_backbone(model).module.config._attn_implementation_internal = "flash_stand_in"
+    torch.testing.assert_close(family.result(model, inputs), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_degree_zero_is_the_untouched_model_bit_for_bit(family):

@@ -101,14 +101,22 @@ def test_quickstart_prints_its_table_and_writes_its_plot(tmp_path):
     assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_distill_under_accelerate_launch(tmp_path, processes):
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes, "--num_machines", 1]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", 2]
+
+
+@pytest.mark.parametrize(
+    # without MPI, accelerate starts one process on a CPU, whatever it is asked for; torchrun starts two
+    ("launch", "processes"),
+    [(ACCELERATE, 1), (TORCHRUN, 2)],
+    ids=["accelerate", "torchrun"],
+)
+def test_distil_on_real_images(tmp_path, monkeypatch, launch, processes):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     code, _, errors = run(
-        *launch, "--mixed_precision", "no", "--dynamo_backend", "no", ROOT / "examples/distill.py",
-        "--model_name_or_path", CHECKPOINT, "--dataset_name", IMAGES, "--dataset_split", "test",
-        "--max_train_samples", 64, "--per_device_train_batch_size", 16 // processes, "--num_train_epochs", 1,
-        "--learning_rate", 0.03, "--output_dir", tmp_path / "set", cwd=tmp_path,
+        *launch, ROOT / "examples/distill.py", "--model_name_or_path", CHECKPOINT, "--dataset_name", IMAGES,
+        "--dataset_split", "test", "--max_train_samples", 64, "--per_device_train_batch_size", 16 // processes,
+        "--num_train_epochs", 1, "--learning_rate", 0.03, "--output_dir", tmp_path / "set", cwd=tmp_path,
     )  # fmt: skip
     assert code == 0, errors
     plugins = PluginSet.from_pretrained(tmp_path / "set")

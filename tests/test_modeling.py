@@ -5,18 +5,21 @@ import pickle
 
 import pytest
 import torch
-from conftest import MODEL_CLASSES, make_model, make_plugins
+from conftest import make_plugins
+from families import FAMILIES
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import (
     AutoModelForImageClassification,
     PreTrainedModel,
+    SwinConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
     pipeline,
 )
 
 from tocom_hf import ComposedWeightsError, DegreeError, TocomError, TocomModel, UnsupportedModelError, apply_tome
+from tocom_hf.architectures import find_backbone
 
 
 @pytest.fixture
@@ -36,16 +39,17 @@ def assert_same_weights(one, other):
         assert torch.equal(left, right), name
 
 
-@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
 @pytest.mark.parametrize(("source_r", "target_r"), [(0, 6), (6, 0), (1, 4), (5, 2)])
-def test_composed_equals_stock_peft_with_signed_scales(model_class, source_r, target_r, tmp_path, pixel_values):
-    model = make_model(model_class)
+def test_composed_equals_stock_peft_with_signed_scales(family, source_r, target_r, tmp_path):
+    model, inputs = family.make(), family.inputs()
     plugins = make_plugins(model)
     plugins.save_pretrained(tmp_path)
-    unfolded = apply_tome(make_model(model_class), target_r)
+    unfolded = apply_tome(family.make(), target_r)
+    backbone = find_backbone(unfolded).module
     low, high = sorted((source_r, target_r))
     names = [f"P_{i}_{i + 1}" for i in range(low, high)]
-    peft = PeftModel.from_pretrained(unfolded.base_model, tmp_path, subfolder=names[0], adapter_name=names[0])
+    peft = PeftModel.from_pretrained(backbone, tmp_path, subfolder=names[0], adapter_name=names[0])
     for name in names[1:]:
         peft.load_adapter(tmp_path, subfolder=name, adapter_name=name)
     peft.base_model.set_adapter(names)
@@ -54,7 +58,7 @@ def test_composed_equals_stock_peft_with_signed_scales(model_class, source_r, ta
             if isinstance(module, LoraLayer):
                 module.scaling = {name: -scaling for name, scaling in module.scaling.items()}
     composed = TocomModel.from_pretrained(model, plugins=plugins, source_r=source_r, target_r=target_r)
-    torch.testing.assert_close(logits(composed, pixel_values), logits(unfolded, pixel_values), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(family.result(composed, inputs), family.result(unfolded, inputs), rtol=1e-5, atol=1e-5)
 
 
 def test_it_is_a_transformers_model(checkpoint, plugins):
@@ -223,6 +227,12 @@ def test_training_at_the_source_degree_needs_nothing(checkpoint, plugins):
     model.set_target_r(5)
     model.set_target_r(3)
     assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+
+
+def test_an_unknown_architecture_is_refused_before_its_weights_are_read(tmp_path):
+    SwinConfig(architectures=["SwinForImageClassification"]).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="'swin': it attends within windows"):
+        TocomModel.from_pretrained(tmp_path, source_r=0)
 
 
 def test_adapted_projections_are_refused(model, plugins, tmp_path):

@@ -112,6 +112,18 @@ def test_gradients_equal_those_of_the_slow_reference(model, pixel_values):
     torch.testing.assert_close(torch.autograd.grad(found.square().sum(), weight), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_other_image_sizes(model):
+    """More patches than the model was made for, with interpolated positions."""
+    pixel_values = torch.randn(2, 3, 48, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model = apply_tome(model.double(), 9)
+    with torch.no_grad():
+        found = model(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[-1]
+        tokens = model.vit.embeddings(pixel_values, interpolate_pos_encoding=True)
+        expected, _ = reference.hidden_states(model.vit.layers, tokens, [9] * 4, 1)
+    assert tokens.shape[1] == 121
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_attention_masks_are_refused(model, pixel_values):
     apply_tome(model, 4)
     with pytest.raises(UnsupportedInputError, match="remove_tome"):

@@ -293,7 +293,8 @@ def _train(
         return floor + (1 - floor) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(getattr(optimizer, "optimizer", optimizer), cosine)
-    bar = tqdm(total=steps, desc="distilling", disable=not accelerator.is_main_process)
+    desc = f"distilling on {accelerator.num_processes} process(es)"
+    bar = tqdm(total=steps, desc=desc, disable=not accelerator.is_main_process)
     module.train()
     step, total = 0, 0.0
     for _ in range(args.num_train_epochs):

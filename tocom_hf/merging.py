@@ -199,6 +199,30 @@ def proportional_bias(sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return sizes.log().to(dtype)[:, None, None, :]
 
 
+def extend_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sizes: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Proportional attention for kernels that take no bias, such as flash attention: the bias as channels of the heads.
+
+    Queries get channels of one and keys get `log(size) / scaling`, so that their scaled product adds `log(size)`. It is
+    split over two channels, of which the second holds what rounding to half precision took from the first. Six more
+    channels of zeros keep the head dimension a multiple of eight.
+
+    Args:
+        query, key, value: `(batch, heads, tokens, head_dim)`.
+        sizes: Float32 `(batch, tokens)`.
+        scaling: The factor of the attention logits.
+
+    Returns:
+        Query, key and value with eight channels more. The attention's output has them too, to be cut off.
+    """
+    bias = sizes.log()[:, None, :, None] / scaling
+    high = bias.to(key.dtype)
+    low = (bias - high.float()).to(key.dtype)
+    extra = F.pad(torch.cat([high, low], dim=-1), (0, 6)).expand(*key.shape[:-1], 8)
+    return F.pad(query, (0, 8), value=1.0), torch.cat([key, extra], dim=-1), F.pad(value, (0, 8))
+
+
 def output_positions(plan: MergePlan) -> torch.Tensor:
     """Where every input token of one layer went: output positions, int64 `(batch, tokens)`."""
     kept, merged, into = plan

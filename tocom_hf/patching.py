@@ -23,6 +23,7 @@ from .merging import (
     MergePlan,
     Schedule,
     clamp_r,
+    extend_heads,
     follow_tokens,
     match_tokens,
     merge_tokens,
@@ -307,26 +308,26 @@ class MergingAttention(Merging):
             return super().forward(hidden_states, attention_mask, **kwargs)
         row, settings = self.tome_part, tome.settings
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = getattr(self, row.query)(hidden_states).view(shape)
+        query = getattr(self, row.query)(hidden_states).view(shape).transpose(1, 2)
         key = getattr(self, row.key)(hidden_states).view(shape)
-        value = getattr(self, row.value)(hidden_states).view(shape)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, sys.modules[self.stock_class.__module__].eager_attention_forward
-        )
+        value = getattr(self, row.value)(hidden_states).view(shape).transpose(1, 2)
+        metric = key.detach()
+        key, scaling, bias = key.transpose(1, 2), getattr(self, row.scaling), None
         sizes = tome.sizes if settings.proportional_attention else None
-        output, weights = attention(
-            self,
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            None if sizes is None else proportional_bias(sizes, key.dtype),
-            dropout=getattr(self, row.dropout) if self.training else 0.0,
-            scaling=getattr(self, row.scaling),
-            **kwargs,
+        implementation = self.config._attn_implementation
+        if sizes is not None:
+            if "flash" in implementation:  # these kernels take no bias
+                query, key, value = extend_heads(query, key, value, sizes, scaling)
+            else:
+                bias = proportional_bias(sizes, key.dtype)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            implementation, sys.modules[self.stock_class.__module__].eager_attention_forward
         )
-        output, merge = output.reshape(*hidden_states.shape[:-1], -1), None
+        dropout = getattr(self, row.dropout) if self.training else 0.0
+        output, weights = attention(self, query, key, value, bias, dropout=dropout, scaling=scaling, **kwargs)
+        output, merge = output[..., : self.head_dim].reshape(*hidden_states.shape[:-1], -1), None
         if tome.r > 0:
-            plan = tome.plan or match_tokens(key.detach().mean(dim=2), tome.r, settings.protected)
+            plan = tome.plan or match_tokens(metric.mean(dim=2), tome.r, settings.protected)
             merge = plan_merge(plan, tome.sizes)
             output = merge_tokens(output, merge)
         return getattr(self, row.output)(output), weights, merge
