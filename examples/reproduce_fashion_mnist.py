@@ -178,7 +178,8 @@ def export(model, plugins: PluginSet, args: argparse.Namespace) -> None:
     test_images, test_labels = load_split(args.data_dir, "t10k")
     plugins.config.recommended_scale = scale
     plugins.config.training |= {
-        "dataset": "Fashion-MNIST, 58,000 training images", "seed": args.seed,
+        "dataset": f"Fashion-MNIST, 58,000 training images in {args.plugin_epochs} random variants each",
+        "seed": args.seed,
         "held_out_mean_accuracy_by_scale": means,
         "test_accuracy": {
             "plain": grid(model, plugins, test_images, test_labels, 0.0),

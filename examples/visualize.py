@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dataset_name", default=str(EMBEDDED / "test.parquet"))
     parser.add_argument("--dataset_split", default="test")
     parser.add_argument("--num_images", type=int, default=5)
-    parser.add_argument("--r", type=int, nargs="+", default=[4, 8, 12, 16])
+    parser.add_argument("--r", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--layer", type=int, default=-1, help="Show the groups after this layer.")
     parser.add_argument("--size", type=int, default=168, help="Height of one picture in pixels.")
     parser.add_argument("--output", type=Path, default=Path("groups.png"))
