@@ -26,8 +26,8 @@ class DegreeResult:
         tokens: Tokens left after the last layer.
         accuracy_plain: Share of images classified right with the weights at `source_r`, in [0, 1].
         accuracy_tocom: The same with the plugins composed in.
-        images_per_second: Forward passes only, median over interleaved rounds.
-        speedup: `images_per_second` over that of degree 0.
+        images_per_second: Forward passes only, the median over interleaved rounds.
+        speedup: Over degree 0, the median over rounds.
     """
 
     target_r: int
@@ -69,15 +69,18 @@ def accuracy(model: torch.nn.Module, loader: DataLoader) -> float:
 
 @torch.no_grad()
 def throughput(
-    model: TocomModel, degrees: Sequence[int], pixel_values: torch.Tensor, rounds: int = 5
-) -> dict[int, float]:
+    model: TocomModel, degrees: Sequence[int], pixel_values: torch.Tensor, rounds: int = 15
+) -> dict[int, tuple[float, float]]:
     """Images per second at several degrees, measured in turn so that a change of the machine's speed hits all alike.
 
     Args:
         model: The model; it runs without compensation, which costs the same.
-        degrees: The degrees to measure.
+        degrees: The degrees to measure; speed-ups are relative to the first.
         pixel_values: The batch to run, `(batch, channels, height, width)`, on the model's device.
-        rounds: Measurements of each degree, after one to warm up. The median counts.
+        rounds: Measurements of each degree, after one to warm up.
+
+    Returns:
+        For every degree the median images per second, and the median over rounds of the speed-up over the first degree.
     """
     seconds: dict[int, list[float]] = {degree: [] for degree in degrees}
     for _ in range(rounds + 1):
@@ -88,7 +91,14 @@ def throughput(
                 model(pixel_values=pixel_values)
                 _synchronize(pixel_values.device)
                 seconds[degree].append(time.perf_counter() - start)
-    return {degree: len(pixel_values) / statistics.median(times[1:]) for degree, times in seconds.items()}
+    baseline = seconds[degrees[0]][1:]
+    return {
+        degree: (
+            len(pixel_values) / statistics.median(times[1:]),
+            statistics.median(dense / merged for dense, merged in zip(baseline, times[1:], strict=True)),
+        )
+        for degree, times in seconds.items()
+    }
 
 
 def evaluate_degrees(
@@ -117,7 +127,7 @@ def evaluate_degrees(
     with ExitStack() as stack:
         stack.callback(model.train, model.training)
         model.eval()
-        speed = throughput(model, sorted({0, *degrees}), pixel_values)
+        speed = throughput(model, sorted({0, *degrees}), pixel_values)  # 0 comes first
         results = []
         for degree in degrees:
             with plain_merging(model, degree):
@@ -126,7 +136,7 @@ def evaluate_degrees(
                 tocom = accuracy(model, loader)
             entering = _input_tokens(model, pixel_values)
             tokens = tokens_per_layer(degree, len(backbone.layers), entering, backbone.protected)[-1]
-            results.append(DegreeResult(degree, tokens, plain, tocom, speed[degree], speed[degree] / speed[0]))
+            results.append(DegreeResult(degree, tokens, plain, tocom, *speed[degree]))
     return results
 
 
