@@ -145,14 +145,13 @@ def write_table(rows: list[dict], args, path: Path) -> None:
         f"# Merged inference, {datetime.date.today().isoformat()}",
         "",
         f"{describe_device(args.device)}; torch {torch.__version__}; {'compiled' if args.compile else 'eager'}; "
-        f"{args.rounds} interleaved rounds, medians of the ratios of each round. `{' '.join(sys.argv)}`",
+        f"{args.rounds} interleaved rounds, medians of the ratios of each round. `python {' '.join(sys.argv)}`",
         "",
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(header),
     ]
     lines += ["| " + " | ".join(str(value) for key, value in row.items() if key != "compiled") + " |" for row in rows]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    path.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def plot(rows: list[dict], path: Path) -> None:
