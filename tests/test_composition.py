@@ -56,8 +56,7 @@ def test_weights_keep_their_dtype_and_are_rounded_once(plugins, dtype):
         found = composite.apply(path, weight)
         assert found.dtype == dtype
         expected = formula(plugins, 0, 6, 0.1, path, weight)
-        # half a unit in the last place, and what float32 sums may differ from float64
-        assert ((found.double() - expected).abs() <= torch.finfo(dtype).eps * expected.abs() * 0.51 + 1e-6).all()
+        torch.testing.assert_close(found, expected.to(dtype), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,30 @@ def test_loading_again_starts_from_the_source_weights(model, checkpoint, plugins
     TocomModel.from_pretrained(model, plugins=plugins, source_r=0, target_r=3)
     TocomModel.from_pretrained(model, plugins=plugins, target_r=5)
     assert_same_weights(model, TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=5))
+    TocomModel.from_pretrained(model, target_r=2)
+    assert_same_weights(model, TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=2))
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_matmul_precision_of_torch_does_not_matter(checkpoint, plugins, precision):
+    model = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=5)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        fresh = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=5)
+        model.set_target_r(2)
+        model.set_target_r(5)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert_same_weights(model, fresh)
+
+
+def test_restored_tokens_stay_restored(checkpoint, plugins, pixel_values):
+    model = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=5)
+    apply_tome(model, 5, restore=True)
+    model.set_target_r(3)
+    with torch.no_grad():
+        assert model.vit(pixel_values).last_hidden_state.shape[1] == 65
 
 
 def test_a_model_without_plugins_runs_at_its_source_degree_only(checkpoint, pixel_values):

@@ -66,11 +66,14 @@ class Composite:
             weight: `(out, in)`, the weight at `source_r`, of any floating dtype and on any device.
 
         Returns:
-            `weight + scale * lora_B @ lora_A`, summed in float32 (float64 for a float64 weight), as `weight` has it.
+            `weight + scale * lora_B @ lora_A` in the dtype and on the device of `weight`, summed in float64 and rounded
+            once, so that the result depends neither on the device nor on torch's matmul precision settings.
         """
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        lora_A, lora_B = (factor.to(weight.device, dtype) for factor in self.factors[path])
-        return torch.addmm(weight.to(dtype), lora_B, lora_A, alpha=self.scale).to(weight.dtype)
+        # mps has no float64
+        device = torch.device("cpu") if weight.device.type == "mps" else weight.device
+        lora_A, lora_B = (factor.to(device, torch.float64) for factor in self.factors[path])
+        total = torch.addmm(weight.to(device, torch.float64), lora_B, lora_A, alpha=self.scale)
+        return total.to(weight.dtype).to(weight.device)
 
 
 def compose(adapters: Iterable[Adapter], *, source_r: int, target_r: int, scale: float) -> Composite:

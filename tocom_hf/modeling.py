@@ -280,6 +280,8 @@ def _resolve_source_r(source_r: int | None, recorded: dict) -> int:
 def _open_plugins(plugins, checkpoint, recorded: dict, hub: dict) -> PluginSet | None:
     if isinstance(plugins, PluginSet):
         return plugins
+    if plugins is None and isinstance(checkpoint, TocomModel):
+        return checkpoint.plugins
     if plugins is not None:
         # the revision is the checkpoint's; plugins of another repository have their own
         shared = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}

@@ -55,7 +55,7 @@ def apply_tome(
         restore: Copy merged tokens back to the positions that they came from after the last layer, so that
             `last_hidden_state` keeps its shape and means over tokens weigh by size. By default on for families whose
             heads read patch tokens (DINOv2, CLIP, SigLIP, I-JEPA, masked image modelling), off where they read the
-            class token only.
+            class token only; a model that merges already keeps what it has.
 
     Returns:
         The same model.
@@ -67,7 +67,9 @@ def apply_tome(
     backbone = find_backbone(model)
     schedule = resolve_schedule(r, len(backbone.layers))
     hook = _find_hook(backbone.module)
-    if restore is None:
+    if restore is None and hook is not None:
+        restore = hook.settings.restore
+    elif restore is None:
         # the decoders of SimMIM-style models read the patch tokens
         restore = backbone.architecture.restore or hasattr(model, "decoder")
     settings = MergeSettings(schedule, backbone.protected, proportional_attention, restore)
