@@ -8,6 +8,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
 
@@ -37,7 +38,10 @@ def main() -> None:
     if script.report_to:
         accelerator.init_trackers("tocom", config=vars(training))
 
-    model = AutoModelForImageClassification.from_pretrained(script.model_name_or_path, revision=script.model_revision)
+    # the teacher in full precision, whatever the checkpoint is stored in
+    model = AutoModelForImageClassification.from_pretrained(
+        script.model_name_or_path, revision=script.model_revision, dtype=torch.float32
+    )
     processor = AutoImageProcessor.from_pretrained(script.model_name_or_path, revision=script.model_revision)
     with accelerator.main_process_first():
         images = load_images(

@@ -70,9 +70,12 @@ def main() -> None:
     else:
         labels = {"num_labels": max(train[script.label_column]) + 1}
 
-    config = AutoConfig.from_pretrained(script.model_name_or_path, **labels)
+    # Trainer does not convert the key names that transformers writes, so the weights to resume from are loaded here
+    start = training.resume_from_checkpoint or script.model_name_or_path
+    config = AutoConfig.from_pretrained(start, **labels)
+    config.__dict__.pop("tocom", None)  # the degree that the checkpoint was trained at; this run makes a new one
     model = AutoModelForImageClassification.from_pretrained(
-        script.model_name_or_path, config=config, ignore_mismatched_sizes=True
+        start, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
     )
     model = TocomModel.from_pretrained(model, source_r=script.source_r)
     processor = AutoImageProcessor.from_pretrained(script.model_name_or_path)

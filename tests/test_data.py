@@ -1,4 +1,6 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+import pickle
+
 import datasets
 import pytest
 import torch
@@ -67,6 +69,25 @@ def test_grey_and_transparent_images_become_rgb():
 def test_what_is_missing_is_named(parquet, arguments, message):
     with pytest.raises(DatasetError, match=message):
         load_images(parquet, **arguments)
+
+
+def test_processed_data_sets_can_go_to_worker_processes(parquet):
+    processed = with_pixel_values(load_images(parquet), ViTImageProcessorPil(size={"height": 4, "width": 4}))
+    assert torch.equal(pickle.loads(pickle.dumps(processed))[1]["pixel_values"], processed[1]["pixel_values"])
+
+
+def test_labels_must_be_integers(tmp_path):
+    images = [Image.new("RGB", (4, 4))] * 2
+    data = datasets.Dataset.from_dict({"image": images, "label": ["cat", "dog"]}).cast_column("image", datasets.Image())
+    data.to_parquet(tmp_path / "words.parquet")
+    with pytest.raises(DatasetError, match="not integer labels"):
+        load_images(str(tmp_path / "words.parquet"), label_column="label")
+
+
+def test_missing_images_are_named():
+    data = datasets.Dataset.from_dict({"image": [None]}, features=datasets.Features({"image": datasets.Image()}))
+    with pytest.raises(DatasetError, match="without an image"):
+        with_pixel_values(data, ViTImageProcessorPil())[0]
 
 
 def test_a_split_that_is_not_there_is_named(image_folder):

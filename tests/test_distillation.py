@@ -11,7 +11,7 @@ from test_patching import describe
 from torch.utils.data import Dataset
 from transformers import ViTModel
 
-from tocom_hf import DatasetError, DegreeError, PluginSet, TocomModel, UnsupportedModelError, apply_tome
+from tocom_hf import DatasetError, DegreeError, PluginSet, TocomError, TocomModel, UnsupportedModelError, apply_tome
 from tocom_hf.architectures import find_backbone
 from tocom_hf.distillation import DistillationArguments, PluginChain, SelfDistiller, degree_pair, distill
 
@@ -160,6 +160,31 @@ def test_a_model_without_logits_is_refused():
 def test_a_merging_model_is_refused():
     with pytest.raises(UnsupportedModelError, match="remove_tome"):
         distill(apply_tome(make_model(), 2), Noise(), DistillationArguments(**ARGUMENTS))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_dtypes_can_be_distilled(dtype):
+    class Images(Noise):
+        def __getitem__(self, index):
+            return {"pixel_values": self.images[index].to(dtype)}
+
+    plugins = distill(make_model().to(dtype), Images(), DistillationArguments(**ARGUMENTS))
+    assert all(factor.dtype == torch.float32 for factors in plugins.adapter(1).values() for factor in factors)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_train_epochs": 0},
+        {"learning_rate": 0.0},
+        {"per_device_train_batch_size": -1},
+        {"lora_dropout": 1.0},
+        {"scale": float("nan")},
+    ],
+)
+def test_arguments_out_of_range_are_refused(wrong):
+    with pytest.raises(TocomError, match=next(iter(wrong))):
+        DistillationArguments(**wrong)
 
 
 @pytest.mark.parametrize("wrong", [{"max_r": 0}, {"max_r": 2.5}, {"rank": 0}, {"rank": -1}])

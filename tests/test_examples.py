@@ -126,18 +126,32 @@ def test_distil_on_real_images(tmp_path, monkeypatch, launch, processes):
     assert model.target_r == 16
 
 
-def test_finetune_records_its_source_degree(tmp_path):
-    code, _, errors = run(
-        ROOT / "examples/finetune.py", "--model_name_or_path", CHECKPOINT, "--dataset_name", IMAGES,
-        "--train_split", "test[:64]", "--eval_split", "test[64:128]", "--source_r", 0, "--max_steps", 2,
-        "--per_device_train_batch_size", 16, "--learning_rate", 1e-4, "--output_dir", tmp_path / "tuned",
-        "--report_to", "none", "--use_cpu", "--save_strategy", "no", cwd=tmp_path,
-    )  # fmt: skip
+def test_finetune_records_its_source_degree_and_resumes(tmp_path):
+    command = [
+        ROOT / "examples/finetune.py", "--dataset_name", IMAGES, "--train_split", "test[:64]",
+        "--eval_split", "test[64:128]", "--source_r", 4, "--per_device_train_batch_size", 16, "--learning_rate", 1e-4,
+        "--output_dir", tmp_path / "tuned", "--report_to", "none", "--use_cpu", "--save_steps", 6,
+        "--lr_scheduler_type", "constant", "--model_name_or_path", CHECKPOINT,
+    ]  # fmt: skip
+    code, _, errors = run(*command, "--max_steps", 6, cwd=tmp_path)
     assert code == 0, errors
-    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["tocom"]["source_r"] == 0
+    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["tocom"]["source_r"] == 4
     assert json.loads((tmp_path / "tuned" / "eval_results.json").read_text())["eval_accuracy"] > 0.8
     model = TocomModel.from_pretrained(tmp_path / "tuned", plugins=PLUGINS, target_r=6)
-    assert (model.source_r, model.target_r) == (0, 6)
+    assert (model.source_r, model.target_r) == (4, 6)
+
+    # resumed at its end, Trainer takes one more step; that must start from the six before, not from the beginning
+    start = AutoModelForImageClassification.from_pretrained(CHECKPOINT).state_dict()
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path / "tuned").state_dict()
+    checkpoint = tmp_path / "tuned" / "checkpoint-6"
+    code, _, errors = run(*command, "--max_steps", 6, "--resume_from_checkpoint", checkpoint, cwd=tmp_path)
+    assert code == 0, errors
+    resumed = AutoModelForImageClassification.from_pretrained(tmp_path / "tuned").state_dict()
+
+    def distance(one, other):
+        return sum((one[name] - other[name]).abs().mean() for name in one if "layers" in name)
+
+    assert distance(resumed, saved) < 0.5 * distance(start, saved)
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,14 @@ def test_half_precision_merges_the_same_tokens_as_its_values_in_float64(dtype):
         assert {a for a, _ in edges} == set(plan.merged[image].tolist())
 
 
+def test_autocast_does_not_round_the_comparison():
+    metric = torch.randn(4, 65, 16, generator=torch.Generator().manual_seed(0))
+    expected = match_tokens(metric, 16, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = match_tokens(metric, 16, 1)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_gradients_of_merging_are_those_of_the_weighted_mean():
     metric = torch.randn(2, 11, 4, generator=torch.Generator().manual_seed(0))
     merge = plan_merge(match_tokens(metric, 4, 1), None)

@@ -2,6 +2,7 @@
 import copy
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,6 +252,51 @@ def test_training_at_the_source_degree_needs_nothing(checkpoint, plugins):
     model.set_target_r(5)
     model.set_target_r(3)
     assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+
+
+def test_overrides_of_the_configuration_pass_through(checkpoint, plugins):
+    model = TocomModel.from_pretrained(
+        checkpoint, plugins=plugins, source_r=0, target_r=3, num_labels=7, ignore_mismatched_sizes=True,
+        attn_implementation="eager", dtype=torch.float64,
+    )  # fmt: skip
+    assert model.classifier.weight.shape == (7, 32)
+    assert model.config._attn_implementation == "eager"
+    assert model.dtype == torch.float64
+    same = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=3, config=str(checkpoint))
+    assert same.target_r == 3
+
+
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_pushing_uploads_the_plugins_too(checkpoint, plugins, tmp_path, monkeypatch, way):
+    uploaded = {}
+
+    class Hub:
+        def __init__(self, token=None):
+            assert token == "secret"
+
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path, **kwargs):
+            names = {str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()}
+            uploaded[repo_id] = names
+            return type("Commit", (), {"commit_url": "address"})
+
+    monkeypatch.setattr("tocom_hf.files.HfApi", Hub)
+    model = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=3)
+    if way == "push_to_hub":
+        assert model.push_to_hub("user/model", token="secret", private=True) == "address"
+    else:
+        model.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="user/model", token="secret")
+    assert {"config.json", "model.safetensors", "tocom_plugins/tocom_config.json"} < uploaded["user/model"]
+    assert "tocom_plugins/P_5_6/adapter_model.safetensors" in uploaded["user/model"]
+
+
+def test_a_checkpoint_of_another_class_is_refused(checkpoint, plugins):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "architectures": ["MyViT"]}))
+    with pytest.raises(UnsupportedModelError, match="MyViT"):
+        TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=3)
 
 
 def test_an_unknown_architecture_is_refused_before_its_weights_are_read(tmp_path):

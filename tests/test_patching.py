@@ -6,10 +6,11 @@ import pickle
 import pytest
 import reference
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import MODEL_CLASSES, make_model
 from transformers import ViTModel
 
-from tocom_hf import DegreeError, TocomError, UnsupportedInputError, apply_tome, remove_tome
+from tocom_hf import DegreeError, TocomError, UnsupportedInputError, UnsupportedModelError, apply_tome, remove_tome
 from tocom_hf.patching import get_schedule
 
 
@@ -130,12 +131,32 @@ def test_attention_masks_are_refused(model, pixel_values):
         model(pixel_values, attention_mask=torch.tensor([[1] * 60 + [0] * 5] * 3))
 
 
-@pytest.mark.parametrize("r", [-1, 2.0, True, "8", [1, 2]])
+@pytest.mark.parametrize("r", [-1, 2.0, True, "8", [1, 2], torch.tensor(2.5)])
 def test_wrong_degrees_leave_the_model_alone(model, r):
     before = describe(model)
     with pytest.raises(DegreeError):
         apply_tome(model, r)
     assert describe(model) == before
+
+
+def test_wrapped_forwards_are_refused(model):
+    """Accelerate's hooks call the stock forward, so merging would silently not happen."""
+    hook = ModelHook()
+    add_hook_to_module(model.vit.layers[1], hook)
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(UnsupportedModelError, match=r"layer module '1' is wrapped.*dispatch it afterwards"):
+        apply_tome(model, 4)
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_dispatched_after_patching_it_merges(model, pixel_values):
+    with torch.no_grad():
+        expected = apply_tome(model, 4)(pixel_values).logits
+        for layer in model.vit.layers:
+            add_hook_to_module(layer, ModelHook())
+        assert torch.equal(model(pixel_values).logits, expected)
+        with pytest.raises(UnsupportedModelError, match="remove the hooks first"):
+            remove_tome(model)
 
 
 def test_layers_of_the_users_own_are_refused(model):

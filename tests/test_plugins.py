@@ -87,6 +87,11 @@ def edit_json(path, **changes):
     path.write_text(json.dumps({**content, **changes}))
 
 
+def shorten_sketch(path):
+    backbone = json.loads(path.read_text())["backbone"]
+    edit_json(path, backbone={**backbone, "sketch": backbone["sketch"][:5]})
+
+
 def test_unknown_keys_survive_a_round_trip(folder, tmp_path):
     edit_json(folder / "tocom_config.json", colour="blue")
     PluginSet.from_pretrained(folder).save_pretrained(tmp_path / "again")
@@ -102,6 +107,8 @@ def test_unknown_keys_survive_a_round_trip(folder, tmp_path):
         (lambda f: edit_json(f / "tocom_config.json", format_version=99), "pip install -U"),
         (lambda f: edit_json(f / "tocom_config.json", rank="2"), "'rank' has the wrong type"),
         (lambda f: edit_json(f / "tocom_config.json", max_r=0), "min_r < max_r"),
+        (lambda f: edit_json(f / "tocom_config.json", recommended_scale=float("nan")), "finite"),
+        (lambda f: shorten_sketch(f / "tocom_config.json"), "'sketch'"),
         (lambda f: edit_json(f / "tocom_config.json", backbone=None), "expected a JSON object"),
     ],
 )

@@ -24,6 +24,12 @@ def tiny_bert():
     return hf.BertModel(hf.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9))
 
 
+def depth_model():
+    backbone = dino(hf.Dinov2Config, out_features=["stage1", "stage2", "stage3", "stage4"], reshape_hidden_states=False)
+    sizes = {"reassemble_hidden_size": 32, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
+    return hf.DepthAnythingForDepthEstimation(hf.DepthAnythingConfig(backbone_config=backbone, patch_size=4, **sizes))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -36,6 +42,7 @@ def tiny_bert():
         (lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**COMMON)), "mask_ratio = 0"),
         (lambda: hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**COMMON, mask_ratio=0.0)), "decoder needs every token"),
         (lambda: hf.Dinov2Backbone(dino(hf.Dinov2Config, out_features=["stage2", "stage4"])), "only the last stage"),
+        (depth_model, "only the last stage"),
     ],
 )
 def test_models_that_cannot_be_merged_soundly_are_refused_with_the_reason(make, message):

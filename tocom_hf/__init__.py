@@ -2,6 +2,7 @@
 """Alter the inference cost of a Vision Transformer without re-tuning it (Token Compensator, arXiv 2408.06798)."""
 
 from .errors import (
+    ArgumentError,
     BackboneMismatchError,
     ComposedWeightsError,
     DatasetError,
@@ -18,6 +19,7 @@ from .version import __version__
 
 
 __all__ = [
+    "ArgumentError",
     "BackboneMismatchError",
     "ComposedWeightsError",
     "DatasetError",

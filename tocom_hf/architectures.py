@@ -181,10 +181,10 @@ def _refuse_unsound_use(model: PreTrainedModel, backbone: PreTrainedModel) -> No
             "Token merging supports the encoder of ViT-MAE without random masking. "
             "Load ViTMAEModel with config.mask_ratio = 0; the pre-training decoder needs every token."
         )
-    if isinstance(model, BackboneMixin) and list(model.out_features) != [model.stage_names[-1]]:
+    if isinstance(backbone, BackboneMixin) and list(backbone.out_features) != [backbone.stage_names[-1]]:
         raise UnsupportedModelError(
-            f"{type(model).__name__} returns feature maps of {', '.join(model.out_features)}, but only the last stage "
-            f"can be restored to a grid. Load it with out_features=[{model.stage_names[-1]!r}]."
+            f"{type(backbone).__name__} returns feature maps of {', '.join(backbone.out_features)}, but only the last "
+            f"stage can be restored to a grid. Load it with out_features=[{backbone.stage_names[-1]!r}]."
         )
 
 

@@ -1,8 +1,10 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """From degrees to weights: the signed chain of plugins between two degrees, summed up (ToCom, section 3.2)."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -114,6 +116,6 @@ def require_in_range(degree: object, name: str, min_r: int, max_r: int) -> int:
 
 def require_scale(scale: object) -> float:
     """Return `scale` as a float if it is a finite number, else raise `DegreeError`."""
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < float("inf"):
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
         raise DegreeError(f"scale must be a finite number, got {scale!r}.")
     return float(scale)

@@ -42,9 +42,8 @@ class BackboneFacts:
     @classmethod
     def of(cls, backbone: Backbone) -> "BackboneFacts":
         config = backbone.module.config
-        shape: dict[str, Any] = {
-            item.name: getattr(config, item.name, None) for item in fields(cls) if item.name != "sketch"
-        }
+        names = [item.name for item in fields(cls) if item.name != "sketch"]
+        shape: dict[str, Any] = {name: _as_json(getattr(config, name, None)) for name in names}
         return cls(**shape, sketch=_sketch(backbone))
 
     def check(self, backbone: Backbone, base_model: str | None) -> None:
@@ -59,7 +58,7 @@ class BackboneFacts:
         origin = f"The plugin set was distilled for {base_model or 'another backbone'}"
         if wrong:
             raise BackboneMismatchError(f"{origin}, and this model has another shape: {'; '.join(wrong)}.")
-        if self.sketch:
+        if self.sketch:  # a configuration made by hand may lack it
             cosine = torch.cosine_similarity(torch.tensor(self.sketch), torch.tensor(found.sketch), dim=0).item()
             if not cosine >= _MIN_COSINE:
                 raise BackboneMismatchError(
@@ -135,8 +134,10 @@ class PluginSetConfig:
             raise PluginFileError(f"{path}: expected 0 <= min_r < max_r, found {config.min_r} and {config.max_r}.")
         if config.rank < 1 or facts.num_hidden_layers < 1 or facts.hidden_size < 1:
             raise PluginFileError(f"{path}: rank, num_hidden_layers and hidden_size must be positive.")
-        if not all(isinstance(value, _NUMBER) and math.isfinite(value) for value in facts.sketch):
-            raise PluginFileError(f"{path}: 'sketch' must be a list of finite numbers.")
+        if len(facts.sketch) != _SKETCH_SIZE * facts.num_hidden_layers or not _finite(*facts.sketch):
+            raise PluginFileError(f"{path}: 'sketch' must be a list of {_SKETCH_SIZE} finite numbers for each layer.")
+        if not _finite(config.trained_scale, config.recommended_scale):
+            raise PluginFileError(f"{path}: trained_scale and recommended_scale must be finite numbers.")
         return config
 
 
@@ -162,6 +163,15 @@ def _checked(path: Path, content: Any, types: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not object):
             raise PluginFileError(f"{path}: {key!r} has the wrong type, found {value!r}.")
     return {key: content[key] for key in types}
+
+
+def _finite(*values: Any) -> bool:
+    return all(isinstance(value, _NUMBER) and math.isfinite(value) for value in values)
+
+
+def _as_json(value: Any) -> Any:
+    """A configuration value as it comes back from JSON, which has no tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 @torch.no_grad()

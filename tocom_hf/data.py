@@ -1,12 +1,11 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """Images for distillation and fine-tuning: any data set that `datasets` loads, turned into `pixel_values`."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from transformers import BaseImageProcessor
 
 from .errors import DatasetError
@@ -55,6 +54,13 @@ def load_images(
             f"The column {image_column!r} of {name!r} holds {loaded.features[image_column]}, not images. "
             "Name the image column with --image_column."
         )
+    label_feature = None if label_column is None else loaded.features[label_column]
+    integers = isinstance(label_feature, datasets.Value) and label_feature.dtype.startswith(("int", "uint"))
+    if label_feature is not None and not integers and not isinstance(label_feature, datasets.ClassLabel):
+        raise DatasetError(
+            f"The column {label_column!r} of {name!r} holds {label_feature}, not integer labels. "
+            "Convert it with Dataset.class_encode_column, or name the label column with --label_column."
+        )
     if max_samples is not None:
         loaded = loaded.select(range(min(max_samples, len(loaded))))
     if len(loaded) == 0:
@@ -71,20 +77,22 @@ def with_pixel_values(
 ) -> datasets.Dataset:
     """Process images when they are read: samples become `pixel_values` `(channels, height, width)` and `labels`."""
 
-    def transform(batch: dict[str, list]) -> dict[str, Any]:
-        images = [image.convert("RGB") for image in batch[image_column]]
-        sample: dict[str, Any] = {"pixel_values": list(processor(images, return_tensors="pt")["pixel_values"])}
-        if label_column is not None:
-            sample["labels"] = batch[label_column]
+    return dataset.with_transform(_Process(processor, image_column, label_column))
+
+
+@dataclass(frozen=True)
+class _Process:
+    """The transform of `with_pixel_values`; a class, so that worker processes can be started with any method."""
+
+    processor: BaseImageProcessor
+    image_column: str
+    label_column: str | None
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, Any]:
+        if any(image is None for image in batch[self.image_column]):
+            raise DatasetError(f"The column {self.image_column!r} has a sample without an image. Filter it out first.")
+        images = [image.convert("RGB") for image in batch[self.image_column]]
+        sample: dict[str, Any] = {"pixel_values": list(self.processor(images, return_tensors="pt")["pixel_values"])}
+        if self.label_column is not None:
+            sample["labels"] = batch[self.label_column]
         return sample
-
-    return dataset.with_transform(transform)
-
-
-def random_flip(pixel_values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Flip every image of `(batch, channels, height, width)` left to right with probability one half."""
-    flip = torch.rand(len(pixel_values), generator=generator) < 0.5
-    return torch.where(flip.to(pixel_values.device)[:, None, None, None], pixel_values.flip(-1), pixel_values)
-
-
-Augmentation = Callable[[torch.Tensor, torch.Generator], torch.Tensor]

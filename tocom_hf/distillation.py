@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .architectures import Backbone, find_backbone
-from .composition import Factors, chain
+from .composition import Factors, chain, require_scale
 from .config import BackboneFacts, PluginSetConfig
-from .errors import DatasetError, DegreeError, UnsupportedModelError
+from .errors import ArgumentError, DatasetError, DegreeError, UnsupportedModelError
 from .merging import require_degree
 from .patching import apply_tome, get_schedule, remove_tome
 from .plugins import PluginSet
@@ -63,6 +63,12 @@ class DistillationArguments:
             raise DegreeError("max_r must be at least 1: a plugin set needs two degrees.")
         if require_degree(self.rank, "rank") < 1:
             raise DegreeError("rank must be at least 1.")
+        require_scale(self.scale)
+        for name in ("num_train_epochs", "per_device_train_batch_size", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ArgumentError(f"{name} must be positive, got {getattr(self, name)!r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ArgumentError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}.")
 
 
 def distill(
@@ -210,7 +216,7 @@ class PluginBranch(nn.Module):
     def forward(self, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if self.factor == 0.0:
             return output
-        lora_A, lora_B = self.lora_A[self.active], self.lora_B[self.active]
+        lora_A, lora_B = (p[self.active].to(hidden_states.dtype) for p in (self.lora_A, self.lora_B))
         hidden_states = F.dropout(hidden_states, self.dropout, self.training)
         return output + F.linear(F.linear(hidden_states, lora_A) * self.factor, lora_B.t())
 

@@ -18,6 +18,10 @@ class DegreeError(TocomError, ValueError):
     """A merging degree (`r`, `source_r`, `target_r`), schedule or scale is of the wrong type or out of range."""
 
 
+class ArgumentError(TocomError, ValueError):
+    """An argument of a job, such as a batch size, is out of range."""
+
+
 class BackboneMismatchError(TocomError, ValueError):
     """A plugin set was trained for another backbone than the model's."""
 

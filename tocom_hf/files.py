@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .errors import PluginFileError
@@ -93,6 +93,28 @@ def write_folder(directory: str | Path) -> Iterator[Path]:
             if destination.is_dir():
                 shutil.move(destination, old / entry.name)
             os.replace(entry, destination)
+
+
+PUSH_ARGUMENTS = ("private", "token", "revision", "commit_message", "create_pr")
+
+
+def upload_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload with tocom_hf",
+    create_pr: bool = False,
+) -> str:
+    """Upload a folder to the Hub in one commit, making the repository if need be. Returns the address of the commit."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = api.upload_folder(
+        repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message, create_pr=create_pr
+    )
+    return commit.commit_url
 
 
 def _commit_of(path: Path) -> str | None:

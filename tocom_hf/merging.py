@@ -9,6 +9,7 @@ Names and shapes used throughout:
 """
 
 import math
+import operator
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -88,9 +89,13 @@ def resolve_schedule(r: Schedule, num_layers: int) -> tuple[int, ...]:
 
 def require_degree(value: object, name: str) -> int:
     """Return `value` as an int if it is a non-negative integer, else raise `DegreeError` that names it."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise DegreeError(f"{name} must be a non-negative integer, got {value!r} ({type(value).__name__}).")
-    degree = value.__index__()
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        degree = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        message = f"{name} must be a non-negative integer, got {value!r} ({type(value).__name__})."
+        raise DegreeError(message) from None
     if degree < 0:
         raise DegreeError(f"{name} must be a non-negative integer, got {degree}.")
     return degree
@@ -132,15 +137,16 @@ def match_tokens(metric: torch.Tensor, r: int, protected: int) -> MergePlan:
     metric = F.normalize(metric, dim=-1)
     # first unprotected even and odd position
     first_a, first_b = protected + protected % 2, protected + 1 - protected % 2
-    similarity, partner = (metric[:, first_a::2] @ metric[:, first_b::2].transpose(1, 2)).max(dim=-1)
+    with torch.autocast(metric.device.type, enabled=False):
+        similarity, partner = (metric[:, first_a::2] @ metric[:, first_b::2].transpose(1, 2)).max(dim=-1)
     num_a, num_b = similarity.shape[1], (tokens - first_b + 1) // 2
     order = similarity.argsort(dim=1, descending=True)
-    merged, stays = order[:, :r], order[:, r:].sort(dim=1).values
+    into = partner.gather(1, order[:, :r]) + (protected + num_a - r)
+    a_tokens = order * 2 + first_a
+    merged, stays = a_tokens[:, :r], a_tokens[:, r:].sort(dim=1).values
     front = torch.arange(protected, device=metric.device).expand(batch, -1)
     b_tokens = torch.arange(first_b, tokens, 2, device=metric.device).expand(batch, num_b)
-    kept = torch.cat([front, stays * 2 + first_a, b_tokens], dim=1)
-    into = partner.gather(1, merged) + (protected + num_a - r)
-    return MergePlan(kept, merged * 2 + first_a, into)
+    return MergePlan(torch.cat([front, stays, b_tokens], dim=1), merged, into)
 
 
 def plan_merge(plan: MergePlan, sizes: torch.Tensor | None) -> Merge:

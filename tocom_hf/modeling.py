@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .architectures import Backbone, find_backbone, supported_types, unsupported
 from .composition import Composite, require_scale
 from .errors import ComposedWeightsError, DegreeError, UnsupportedModelError
+from .files import PUSH_ARGUMENTS, upload_folder
 from .merging import require_degree
 from .patching import apply_tome
 from .plugins import PluginSet
@@ -108,7 +110,7 @@ class TocomModel(PreTrainedModel):
             if kwargs:
                 raise TypeError(f"A loaded model takes no loading arguments, got {', '.join(kwargs)}.")
         else:
-            config = kwargs.pop("config", None) or AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+            config, kwargs = _load_config(pretrained_model_name_or_path, kwargs)
             model_class = _model_class(config)
         # everything that can be wrong is found before weights are loaded or changed
         recorded = getattr(config, "tocom", None) or {}
@@ -227,7 +229,26 @@ class TocomModel(PreTrainedModel):
         plugins = self._tocom.plugins
         if plugins is not None and is_main_process:
             plugins.save_pretrained(Path(save_directory) / PLUGINS_FOLDER)
+        push = kwargs.pop("push_to_hub", False)
+        arguments = {name: kwargs.pop(name) for name in ("repo_id", *PUSH_ARGUMENTS) if push and name in kwargs}
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if push and is_main_process:
+            upload_folder(Path(save_directory), arguments.pop("repo_id", Path(save_directory).name), **arguments)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
+        """Upload what `save_pretrained` writes, plugins included, in one commit.
+
+        Args:
+            repo_id: Hub id of the repository; made if missing.
+            **kwargs: `private`, `token`, `revision`, `commit_message` and `create_pr`; others go to `save_pretrained`.
+
+        Returns:
+            The address of the commit.
+        """
+        arguments = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            return upload_folder(folder, repo_id, **arguments)
 
     def _verified_source_weights(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The kept source weights, after a check that the live ones are still what was composed from them."""
@@ -312,12 +333,27 @@ def _composed(state: TocomState) -> dict[str, torch.Tensor]:
     return {path: composite.apply(path, weight) for path, weight in state.source_weights.items()}
 
 
-def _model_class(config) -> Any:
+def _load_config(checkpoint: str | Path, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The configuration, with the overrides among the keyword arguments, and the arguments that are left."""
+    config = kwargs.pop("config", None)
+    if isinstance(config, PreTrainedConfig):
+        return config, kwargs
+    hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
+    config, rest = AutoConfig.from_pretrained(config or checkpoint, return_unused_kwargs=True, **hub, **kwargs)
+    return config, {**hub, **rest}
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
     """The transformers class that a checkpoint was saved from."""
     if not supported_types(config):
         raise unsupported(config.model_type)
     name = (config.architectures or ["AutoModel"])[0]
-    return getattr(transformers, name, transformers.AutoModel)
+    if not hasattr(transformers, name):
+        raise UnsupportedModelError(
+            f"The checkpoint was saved from {name}, which is not a class of transformers. "
+            "Load it with its own class and pass the model to TocomModel.from_pretrained."
+        )
+    return getattr(transformers, name)
 
 
 def _weights(backbone: Backbone) -> dict[str, torch.Tensor]:
@@ -349,6 +385,7 @@ def _equip(model: PreTrainedModel, state: TocomState, target_r: int) -> PreTrain
     if isinstance(model, TocomModel):
         model.set_target_r(model.source_r)
     else:
+        apply_tome(model, state.source_r)
         model.__class__ = _tocom_class(type(model))
     equipped = cast(TocomModel, model)
     equipped._tocom = state

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .architectures import Architecture, find_backbone
+from .architectures import Architecture, Backbone, find_backbone
 from .errors import UnsupportedInputError, UnsupportedModelError
 from .merging import (
     MergePlan,
@@ -76,6 +76,7 @@ def apply_tome(
     if hook is not None:
         hook.settings = settings
         return model
+    _refuse_wrapped_forwards(backbone)
     attentions = [getattr(layer, backbone.architecture.attention) for layer in backbone.layers]
     # name every class before the first is replaced, so that a failure leaves the model as it was
     layer_classes = [_merging_class(type(layer), MergingLayer) for layer in backbone.layers]
@@ -101,6 +102,8 @@ def remove_tome(model: PreTrainedModel) -> PreTrainedModel:
     """
     backbone = find_backbone(model)
     hooks = backbone.module._forward_pre_hooks
+    if _find_hook(backbone.module) is not None:
+        _refuse_wrapped_forwards(backbone)
     for key in [key for key, hook in hooks.items() if isinstance(hook, MergeHook)]:
         del hooks[key]
         del backbone.module._forward_pre_hooks_with_kwargs[key]
@@ -368,6 +371,16 @@ def _merging_class(stock_class: type[nn.Module], mixin: type[Merging]) -> type[M
         merging_class = type(stock_class.__name__, (mixin, stock_class), {**members, "stock_class": stock_class})
         _CLASSES.setdefault(stock_class, merging_class)
     return _CLASSES[stock_class]
+
+
+def _refuse_wrapped_forwards(backbone: Backbone) -> None:
+    for name, module in backbone.layers.named_modules():
+        if "forward" in module.__dict__:
+            raise UnsupportedModelError(
+                f"The forward of layer module {name!r} is wrapped, as Accelerate does when it spreads or offloads a "
+                "model (device_map). Load the model on one device, call apply_tome or TocomModel.from_pretrained, and "
+                "dispatch it afterwards; to undo, remove the hooks first (remove_hook_from_submodules)."
+            )
 
 
 def _find_hook(backbone: nn.Module) -> MergeHook | None:

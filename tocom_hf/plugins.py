@@ -8,9 +8,9 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,7 +19,7 @@ from .architectures import Backbone, projection_paths
 from .composition import Adapter, Composite, Factors, chain, compose, require_in_range, require_scale
 from .config import CONFIG_NAME, PluginSetConfig
 from .errors import DegreeError, PluginFileError
-from .files import Repository, write_folder
+from .files import Repository, upload_folder, write_folder
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -151,33 +151,19 @@ class PluginSet:
                 _write_adapter(folder / plugin_name(index), adapter, config.trained_scale, config.base_model)
             config.to_json_file(folder / CONFIG_NAME)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload ToCom plugin set",
-        create_pr: bool = False,
-    ) -> str:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload the set to the Hub in one commit.
+
+        Args:
+            repo_id: Hub id of the repository; made if missing.
+            **kwargs: `private`, `token`, `revision`, `commit_message` and `create_pr`.
 
         Returns:
             The address of the commit.
         """
-        api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                commit_message=commit_message,
-                create_pr=create_pr,
-            )
-        return commit.commit_url
+            return upload_folder(folder, repo_id, **kwargs)
 
     def _read(self, index: int) -> dict[str, Factors]:
         assert self._repository is not None
