@@ -11,6 +11,7 @@ import torch
 
 from .architectures import ARCHITECTURES, Backbone, unsupported
 from .errors import BackboneMismatchError, PluginFileError
+from .files import read_json
 
 
 CONFIG_NAME = "tocom_config.json"
@@ -111,12 +112,7 @@ class PluginSetConfig:
             PluginFileError: if it is not valid JSON, lacks a key, has one of a wrong type, or is of a newer format.
             UnsupportedModelError: if its architecture is not supported.
         """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise PluginFileError(f"{path} is not valid JSON: {error}.") from error
-        if not isinstance(content, dict):
-            raise PluginFileError(f"{path} must hold a JSON object, found {type(content).__name__}.")
+        content = read_json(path)
         version = content.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise PluginFileError(

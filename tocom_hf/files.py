@@ -2,6 +2,7 @@
 """Reading from a local folder or the Hub alike, and writing a folder all or nothing."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -69,6 +70,23 @@ class Repository:
             raise PluginFileError(f"{where} is not in the repository: {error}") from error
         except (HfHubHTTPError, OSError) as error:
             raise PluginFileError(f"{where} could not be fetched from the Hub: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        PluginFileError: if the file does not hold one.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PluginFileError(f"{path} is not valid JSON: {error}. Download or copy the plugin set again.") from error
+    if not isinstance(content, dict):
+        raise PluginFileError(
+            f"{path} must hold a JSON object, found {type(content).__name__}. Download or copy the plugin set again."
+        )
+    return content
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@
 Every plugin is an ordinary PEFT LoRA adapter in a folder of its own, relative to the backbone that `AutoModel` loads.
 """
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from .architectures import Backbone, projection_paths
 from .composition import Adapter, Composite, Factors, chain, compose, require_in_range, require_scale
 from .config import CONFIG_NAME, PluginSetConfig
 from .errors import DegreeError, PluginFileError
-from .files import Repository, upload_folder, write_folder
+from .files import Repository, read_json, upload_folder, write_folder
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -230,12 +229,7 @@ def _write_adapter(folder: Path, adapter: Adapter, scale: float, base_model: str
 
 
 def _check_adapter_config(path: Path, config: PluginSetConfig) -> None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PluginFileError(f"{path} is not valid JSON: {error}. Download or copy the plugin set again.") from error
-    if not isinstance(found, dict):
-        raise PluginFileError(f"{path} does not hold a JSON object. Download or copy the plugin set again.")
+    found = read_json(path)
     wanted = {"peft_type": "LORA", "r": config.rank}
     problems = [
         f"{key} is {found.get(key)!r}, not {value!r}" for key, value in wanted.items() if found.get(key) != value
