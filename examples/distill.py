@@ -1,70 +1,143 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """Distil a ToCom plugin set for a pre-trained ViT from unlabelled images.
 
-    accelerate launch examples/distill.py --model_name_or_path facebook/deit-base-patch16-224 \\
-        --dataset_name ILSVRC/imagenet-1k --output_dir tocom-deit-base
+    accelerate launch examples/distill.py --preset paper --model_name_or_path facebook/deit-base-patch16-224 \\
+        --dataset_name ILSVRC/imagenet-1k --output_dir tocom-deit-base --resume_from_checkpoint latest
+
+It may be stopped or killed at any time: the same command goes on from the newest checkpoint.
 """
 
+import argparse
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import Accelerator
-from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
+from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser
 
-from tocom_hf.data import load_images, with_pixel_values
-from tocom_hf.distillation import DistillationArguments, distill
+from tocom_hf import TocomError
+from tocom_hf.architectures import ARCHITECTURES
+from tocom_hf.data import TrainingImages, load_images
+from tocom_hf.distillation import PRESETS, DistillationArguments, distill, hold_out, save_agreement
+from tocom_hf.errors import DistillationInterrupted
 
 
 @dataclass
 class ScriptArguments:
-    model_name_or_path: str = field(metadata={"help": "Hub id or folder of the pre-trained classifier."})
-    dataset_name: str = field(metadata={"help": "Hub name, folder of images or of parquet files, or a parquet file."})
-    output_dir: str = field(metadata={"help": "Folder for the plugin set."})
+    model_name_or_path: str = field(metadata={"help": "Pre-trained model, with or without its head: Hub id or folder."})
+    dataset_name: str = field(metadata={"help": "Hub name, folder of images, or parquet file."})
+    preset: str | None = field(
+        default=None,
+        metadata={"help": "Recipe to start from: paper. Other arguments override it.", "choices": [*PRESETS]},
+    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split to distil on."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split for the agreement grid."})
+    num_eval_images: int = field(
+        default=512, metadata={"help": "Images for the agreement grid; held out of dataset_split without eval_split."}
+    )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many images."})
+    streaming: bool = field(default=False, metadata={"help": "Read images as they come; needs max_steps."})
+    image_size: int | None = field(default=None, metadata={"help": "Height and width, if not the processor's."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
     mixed_precision: str | None = field(default=None, metadata={"help": "no, fp16 or bf16; default: accelerate's."})
     report_to: str | None = field(default=None, metadata={"help": "Tracker of Accelerate, e.g. tensorboard."})
 
 
+def parse_args() -> tuple[ScriptArguments, DistillationArguments]:
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--preset", choices=[*PRESETS])
+    preset = early.parse_known_args()[0].preset
+    parser = HfArgumentParser((ScriptArguments, DistillationArguments), description=__doc__.splitlines()[0])
+    parser.set_defaults(**PRESETS.get(preset, {}))
+    script, training = parser.parse_args_into_dataclasses()
+    if training.output_dir is None:
+        parser.error("--output_dir is required")
+    return script, training
+
+
+def load_model(script: ScriptArguments) -> transformers.PreTrainedModel:
+    """The model as it was pre-trained: with its classifier if the checkpoint has one, of CLIP and its like only the
+    vision tower. In full precision, whatever the checkpoint is stored in."""
+    config = AutoConfig.from_pretrained(script.model_name_or_path, revision=script.model_revision)
+    tower = getattr(config, "vision_config", None)
+    has_head = any(name.endswith("ForImageClassification") for name in config.architectures or ())
+    if has_head:
+        model_class = transformers.AutoModelForImageClassification
+    elif tower is not None and tower.model_type in ARCHITECTURES:
+        model_class = transformers.AutoModel._model_mapping[type(tower)]
+    else:
+        model_class = transformers.AutoModel
+    settings = {"mask_ratio": 0.0} if config.model_type == "vit_mae" else {}
+    return model_class.from_pretrained(
+        script.model_name_or_path, revision=script.model_revision, dtype=torch.float32, **settings
+    )
+
+
+def load_data(script: ScriptArguments, training: DistillationArguments) -> tuple:
+    processor = AutoImageProcessor.from_pretrained(script.model_name_or_path, revision=script.model_revision)
+    if script.image_size is not None:
+        processor.size = {"height": script.image_size, "width": script.image_size}
+        processor.crop_size = None
+    common = {"config_name": script.dataset_config_name, "image_column": script.image_column}
+    views = {"image_column": script.image_column, "min_crop": training.min_crop, "flip": training.flip}
+    images = TrainingImages(
+        load_images(
+            script.dataset_name,
+            split=script.dataset_split,
+            max_samples=script.max_train_samples,
+            streaming=script.streaming,
+            **common,
+        ),
+        processor,
+        **views,
+    )
+    if script.eval_split is not None:
+        held_out = load_images(
+            script.dataset_name, split=script.eval_split, max_samples=script.num_eval_images, **common
+        )
+        return images, TrainingImages(held_out, processor, **views)
+    if script.streaming or script.num_eval_images == 0:
+        return images, None
+    return hold_out(images, min(script.num_eval_images, len(images) // 10), training.seed)
+
+
 def main() -> None:
-    script, training = HfArgumentParser((ScriptArguments, DistillationArguments)).parse_args_into_dataclasses()
+    script, training = parse_args()
     accelerator = Accelerator(
-        mixed_precision=script.mixed_precision, log_with=script.report_to, project_dir=script.output_dir
+        mixed_precision=script.mixed_precision, log_with=script.report_to, project_dir=training.output_dir
     )
     if script.report_to:
-        accelerator.init_trackers("tocom", config=vars(training))
-
-    # the teacher in full precision, whatever the checkpoint is stored in
-    model = AutoModelForImageClassification.from_pretrained(
-        script.model_name_or_path, revision=script.model_revision, dtype=torch.float32
-    )
-    processor = AutoImageProcessor.from_pretrained(script.model_name_or_path, revision=script.model_revision)
+        accelerator.init_trackers("tocom")
+    model = load_model(script)
     with accelerator.main_process_first():
-        images = load_images(
-            script.dataset_name,
-            config_name=script.dataset_config_name,
-            split=script.dataset_split,
-            image_column=script.image_column,
-            max_samples=script.max_train_samples,
-        )
+        images, held_out = load_data(script, training)
     plugins = distill(
         model,
-        with_pixel_values(images, processor, image_column=script.image_column),
+        images,
         training,
         accelerator,
+        eval_dataset=held_out,
         base_model=script.model_name_or_path,
         base_model_revision=getattr(model.config, "_commit_hash", None),
         training_facts={"dataset": script.dataset_name, "dataset_split": script.dataset_split},
     )
     if accelerator.is_main_process:
-        plugins.save_pretrained(script.output_dir)
-        print(f"{plugins} written to {Path(script.output_dir).resolve()}")
+        plugins.save_pretrained(training.output_dir)
+        if "agreement" in plugins.config.training:
+            print(save_agreement(plugins.config.training["agreement"], training.output_dir))
+        print(f"{plugins} written to {Path(training.output_dir).resolve()}")
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DistillationInterrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.signum)
+    except TocomError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,5 +1,4 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-import collections
 import copy
 
 import pytest
@@ -13,7 +12,9 @@ from transformers import ViTModel
 
 from tocom_hf import DatasetError, DegreeError, PluginSet, TocomError, TocomModel, UnsupportedModelError, apply_tome
 from tocom_hf.architectures import find_backbone
-from tocom_hf.distillation import DistillationArguments, PluginChain, SelfDistiller, degree_pair, distill
+from tocom_hf.distillation import DistillationArguments, SelfDistiller, distill
+from tocom_hf.objectives import OBJECTIVES
+from tocom_hf.plugin_chain import PluginChain
 
 
 class Noise(Dataset):
@@ -44,8 +45,8 @@ def test_the_loss_is_kl_of_the_plain_teacher_and_the_stock_peft_student(source_r
     """Equation 6, put together from the other parts: the teacher is plain at m, the student composed for n, at n."""
     model = make_model()
     chain = trained_chain(model)
-    distiller = SelfDistiller(model.requires_grad_(False), chain)
-    loss = distiller(pixel_values, source_r, target_r)
+    distiller = SelfDistiller(model.requires_grad_(False), chain, OBJECTIVES["logits"])
+    loss = distiller.loss(pixel_values, source_r, target_r)
     teacher = apply_tome(make_model(), source_r)(pixel_values).logits.log_softmax(-1)
     student = apply_tome(make_model(), target_r)
     sign = 1 if target_r > source_r else -1
@@ -61,10 +62,10 @@ def test_the_loss_is_kl_of_the_plain_teacher_and_the_stock_peft_student(source_r
 def test_only_plugins_between_the_degrees_get_gradients(pixel_values):
     model = make_model()
     chain = trained_chain(model)
-    SelfDistiller(model.requires_grad_(False), chain)(pixel_values, 3, 1).backward()
+    SelfDistiller(model.requires_grad_(False), chain, OBJECTIVES["logits"]).loss(pixel_values, 3, 1).backward()
     assert all(parameter.grad is None for parameter in model.parameters())
-    for branch in chain.branches:
-        for factor in (branch.lora_A.grad, branch.lora_B.grad):
+    for layer in chain.layers:
+        for factor in (*layer.lora_A.grad, *layer.lora_B.grad):
             used = factor.abs().sum(1) > 0
             assert used.tolist() == [False] * 2 + [True] * 4 + [False] * 2
 
@@ -135,14 +136,6 @@ def test_distilled_plugins_load_with_stock_peft(tmp_path, pixel_values):
         assert not torch.equal(model(pixel_values).logits, plain)
 
 
-def test_degree_pairs_are_uniform_over_all_ordered_pairs():
-    counts = collections.Counter(degree_pair(0, step, 3) for step in range(6000))
-    assert set(counts) == {(m, n) for m in range(4) for n in range(4) if m != n}
-    assert all(abs(count - 500) < 100 for count in counts.values())
-    assert [degree_pair(0, step, 16) for step in range(9)] == [degree_pair(0, step, 16) for step in range(9)]
-    assert [degree_pair(0, step, 16) for step in range(9)] != [degree_pair(1, step, 16) for step in range(9)]
-
-
 def test_too_few_images_are_refused_before_the_model_changes():
     model = make_model()
     before = describe(model)
@@ -152,9 +145,9 @@ def test_too_few_images_are_refused_before_the_model_changes():
     assert describe(model) == before
 
 
-def test_a_model_without_logits_is_refused():
+def test_logits_of_a_model_without_classifier_are_refused():
     with pytest.raises(UnsupportedModelError, match="classifier"):
-        distill(ViTModel(make_model().config), Noise(), DistillationArguments(**ARGUMENTS))
+        distill(ViTModel(make_model().config), Noise(), DistillationArguments(**ARGUMENTS, objective="logits"))
 
 
 def test_a_merging_model_is_refused():

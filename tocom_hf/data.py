@@ -1,14 +1,21 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """Images for distillation and fine-tuning: any data set that `datasets` loads, turned into `pixel_values`."""
 
+import copy
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
-from .errors import DatasetError
+from .errors import ArgumentError, DatasetError
 
 
 def load_images(
@@ -19,7 +26,8 @@ def load_images(
     image_column: str = "image",
     label_column: str | None = None,
     max_samples: int | None = None,
-) -> datasets.Dataset:
+    streaming: bool = False,
+) -> Any:
     """Load an image data set and check that it has what the job needs.
 
     Args:
@@ -29,20 +37,24 @@ def load_images(
         image_column: Column of the images.
         label_column: Column of the integer labels, where they are needed.
         max_samples: Keep only the first so many samples.
+        streaming: Read the samples as they come, without downloading or indexing the whole data set first.
 
     Returns:
-        The data set with the named columns only.
+        The data set with the named columns only: a `datasets.Dataset`, with `streaming` a `datasets.IterableDataset`.
 
     Raises:
         DatasetError: if it cannot be loaded, is empty, or lacks a column.
     """
     try:
         if Path(name).is_file():
-            loaded = datasets.load_dataset("parquet", data_files={split.partition("[")[0]: str(name)}, split=split)
+            data_files = {split.partition("[")[0]: str(name)}
+            loaded = datasets.load_dataset("parquet", data_files=data_files, split=split, streaming=streaming)
         else:
-            loaded = datasets.load_dataset(name, config_name, split=split)
+            loaded = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise DatasetError(f"The split {split!r} of the data set {name!r} cannot be loaded: {error}") from error
+    if loaded.features is None:  # a stream of a format without a schema: look at its first samples
+        loaded = loaded._resolve_features()
     for role, column in (("image", image_column), ("label", label_column)):
         if column is not None and column not in loaded.column_names:
             raise DatasetError(
@@ -62,8 +74,8 @@ def load_images(
             "Convert it with Dataset.class_encode_column, or name the label column with --label_column."
         )
     if max_samples is not None:
-        loaded = loaded.select(range(min(max_samples, len(loaded))))
-    if len(loaded) == 0:
+        loaded = loaded.take(max_samples) if streaming else loaded.select(range(min(max_samples, len(loaded))))
+    if not streaming and len(loaded) == 0:
         raise DatasetError(f"The split {split!r} of the data set {name!r} is empty.")
     return loaded.select_columns([column for column in (image_column, label_column) if column])
 
@@ -89,10 +101,120 @@ class _Process:
     label_column: str | None
 
     def __call__(self, batch: dict[str, list]) -> dict[str, Any]:
-        if any(image is None for image in batch[self.image_column]):
-            raise DatasetError(f"The column {self.image_column!r} has a sample without an image. Filter it out first.")
-        images = [image.convert("RGB") for image in batch[self.image_column]]
+        images = [_decode(image, self.image_column) for image in batch[self.image_column]]
         sample: dict[str, Any] = {"pixel_values": list(self.processor(images, return_tensors="pt")["pixel_values"])}
         if self.label_column is not None:
             sample["labels"] = batch[self.label_column]
         return sample
+
+
+class TrainingImages(Dataset):
+    """Random views of images for distillation: a random part of each, resized and perhaps mirrored, as uint8.
+
+    What comes behind that (RandAugment, mixing, normalisation) runs in batches on the accelerator.
+
+    Args:
+        images: What `load_images` returned.
+        processor: The model's image processor, which tells size, mean and standard deviation.
+        image_column: Column of the images.
+        min_crop: Smallest share of an image's area that a view shows, in (0, 1]. Views of 1 show the whole image.
+        flip: Probability of being mirrored.
+
+    Attributes:
+        image_mean, image_std: float32 `(3,)`, what values in [0, 1] are normalised by; `None` where they are not.
+        size: Height and width of the views.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        processor: Any,
+        *,
+        image_column: str = "image",
+        min_crop: float = 0.08,
+        flip: float = 0.5,
+    ):
+        if not 0 < min_crop <= 1 or not 0 <= flip <= 1:
+            raise ArgumentError(f"Expected min_crop in (0, 1] and flip in [0, 1], got {min_crop!r} and {flip!r}.")
+        # undecoded, so that a stream that is read up to where a run stopped does not decode what it skips
+        self.images = images.cast_column(image_column, datasets.Image(decode=False))
+        self.image_column, self.min_crop, self.flip = image_column, min_crop, flip
+        self.size = _view_size(processor)
+        normalised = getattr(processor, "do_normalize", False)
+        self.image_mean = torch.tensor(processor.image_mean) if normalised else None
+        self.image_std = torch.tensor(processor.image_std) if normalised else None
+        self._decoder = datasets.Image()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """The whole image, resized: `pixel_values` as uint8 `(3, height, width)`."""
+        image = self._open(self.images[index])
+        return {"pixel_values": self._resize(image, (0, 0, *image.size))}
+
+    def select(self, indices: Iterable[int]) -> "TrainingImages":
+        """The same views of some of the images only."""
+        chosen = copy.copy(self)
+        chosen.images = self.images.select(indices)
+        return chosen
+
+    def view(self, sample: int | dict[str, Any], generator: np.random.Generator) -> torch.Tensor:
+        """A random view of one image, uint8 `(3, height, width)`.
+
+        Args:
+            sample: Index of the image, or the sample itself as it comes from a stream.
+            generator: Decides the view.
+        """
+        image = self._open(self.images[sample] if isinstance(sample, int) else sample)
+        view = self._resize(image, _random_box(image.size, self.min_crop, generator))
+        return view.flip(-1) if generator.random() < self.flip else view
+
+    def _open(self, sample: dict[str, Any]) -> Image.Image:
+        encoded = sample[self.image_column]
+        return _decode(None if encoded is None else self._decoder.decode_example(encoded), self.image_column)
+
+    def _resize(self, image: Image.Image, box: "_Box") -> torch.Tensor:
+        height, width = self.size
+        resized = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+
+def _decode(image: Image.Image | None, column: str) -> Image.Image:
+    if image is None:
+        raise DatasetError(f"The column {column!r} has a sample without an image. Filter it out first.")
+    return image.convert("RGB")
+
+
+def _view_size(processor: BaseImageProcessor) -> tuple[int, int]:
+    for name in ("crop_size", "size"):
+        size = getattr(processor, name, None)
+        if isinstance(size, int):
+            return size, size
+        size = dict(size or {})
+        if {"height", "width"} <= size.keys():
+            return int(size["height"]), int(size["width"])
+        if "shortest_edge" in size:
+            return int(size["shortest_edge"]), int(size["shortest_edge"])
+    raise DatasetError(
+        f"{type(processor).__name__} does not say how large the model's images are (size or crop_size). "
+        "Pass samples with finished pixel_values instead."
+    )
+
+
+_Box = tuple[float, float, float, float]
+
+
+def _random_box(size: tuple[int, int], min_crop: float, generator: np.random.Generator) -> _Box:
+    """A random box of `min_crop` to 1 of an image's area and of an aspect ratio of 3:4 to 4:3, as (left, upper, right,
+    lower); the whole image where ten attempts do not fit."""
+    width, height = size
+    for _ in range(10 if min_crop < 1 else 0):
+        area = width * height * generator.uniform(min_crop, 1)
+        ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
+        box_width, box_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if box_width <= width and box_height <= height:
+            left, upper = generator.uniform(0, width - box_width), generator.uniform(0, height - box_height)
+            # rounding must not take the box beyond the image
+            return left, upper, min(left + box_width, width), min(upper + box_height, height)
+    return 0, 0, width, height

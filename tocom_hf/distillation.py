@@ -6,89 +6,59 @@ same model with the signed chain of plugins from m to n, at degree n. The plugin
 when the degree moves.
 """
 
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import cast
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from accelerate.utils import DistributedType
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel
 
+from .agreement import format_grid
 from .architectures import Backbone, find_backbone
-from .composition import Factors, chain, require_scale
+from .arguments import PRESETS, DistillationArguments
+from .checkpoints import find_checkpoint
 from .config import BackboneFacts, PluginSetConfig
-from .errors import ArgumentError, DatasetError, DegreeError, UnsupportedModelError
-from .merging import require_degree
+from .errors import ArgumentError, DatasetError, UnsupportedModelError
+from .loading import is_stream
+from .objectives import Objective, find_objective
 from .patching import apply_tome, get_schedule, remove_tome
+from .plugin_chain import PluginChain
 from .plugins import PluginSet
+from .training import Training
 
 
-@dataclass
-class DistillationArguments:
-    """How a plugin set is distilled. The defaults are the paper's (section 4.1), apart from its augmentation.
-
-    Attributes:
-        max_r: Largest degree; the set has this many plugins.
-        rank: Rank h of one plugin.
-        scale: Factor s in front of the plugins during training.
-        lora_dropout: Dropout probability on the plugins' input.
-        num_train_epochs: Passes over the data set.
-        per_device_train_batch_size: Images per process and step.
-        learning_rate: Peak learning rate for a global batch of 512 images; scales linearly with the batch.
-        min_learning_rate: What the cosine schedule ends at.
-        weight_decay: Of AdamW.
-        seed: Decides plugin initialisation, degrees and the order of images.
-        dataloader_num_workers: Worker processes that load images.
-    """
-
-    max_r: int = 16
-    rank: int = 2
-    scale: float = 0.1
-    lora_dropout: float = 0.1
-    num_train_epochs: int = 10
-    per_device_train_batch_size: int = 128
-    learning_rate: float = 1e-3
-    min_learning_rate: float = 1e-5
-    weight_decay: float = 0.05
-    seed: int = 0
-    dataloader_num_workers: int = 0
-
-    def __post_init__(self):
-        if require_degree(self.max_r, "max_r") < 1:
-            raise DegreeError("max_r must be at least 1: a plugin set needs two degrees.")
-        if require_degree(self.rank, "rank") < 1:
-            raise DegreeError("rank must be at least 1.")
-        require_scale(self.scale)
-        for name in ("num_train_epochs", "per_device_train_batch_size", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ArgumentError(f"{name} must be positive, got {getattr(self, name)!r}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ArgumentError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}.")
+__all__ = ["PRESETS", "DistillationArguments", "SelfDistiller", "distill"]
 
 
 def distill(
     model: PreTrainedModel,
-    dataset: Dataset,
+    dataset: Any,
     args: DistillationArguments,
     accelerator: Accelerator | None = None,
     *,
+    eval_dataset: Dataset | None = None,
     base_model: str | None = None,
     base_model_revision: str | None = None,
     training_facts: dict | None = None,
 ) -> PluginSet:
     """Distil a plugin set for a pre-trained model. Runs on every process of an `accelerate launch`.
 
+    With the same global batch the result does not depend on how many processes, machines or accumulated forward passes
+    share it, up to rounding. A run that was stopped or killed goes on from its checkpoints, bit for bit on the same
+    hardware, with `args.resume_from_checkpoint`.
+
     Args:
-        model: The pre-trained model with its head. Its weights are not changed; it is patched during training and
-            restored afterwards.
-        dataset: Unlabelled images: samples with `pixel_values`, float `(channels, height, width)`.
+        model: The pre-trained model, with or without its head. Its weights are not changed; it is patched during
+            training and restored afterwards.
+        dataset: Unlabelled images: `TrainingImages`, or any data set of samples with finished `pixel_values`, float
+            `(channels, height, width)`.
         args: How to train.
         accelerator: Where to train; by default a new one. Trackers that it has are logged to.
+        eval_dataset: Images for the agreement grid that is recorded at the end: like `dataset`, and not part of it.
         base_model: Hub id or path of the backbone, for the set's configuration.
         base_model_revision: Its commit.
         training_facts: More facts to record in the set's configuration, such as the data set's name.
@@ -97,40 +67,33 @@ def distill(
         The plugin set, the same on every process.
 
     Raises:
-        UnsupportedModelError: if the architecture is not supported or the model returns no logits.
+        UnsupportedModelError: if the architecture is not supported, or lacks what the objective compares.
         DatasetError: if the data set has fewer images than one step needs.
+        ArgumentError: if arguments contradict each other or the data set.
+        CheckpointError: if the run cannot go on from its checkpoints.
+        DistillationError: if the loss stays infinite or NaN.
+        DistillationInterrupted: if the run was told to stop; it has written a checkpoint if there is an `output_dir`.
     """
     accelerator = accelerator or Accelerator()
-    backbone = find_backbone(model)
-    if not hasattr(model, "classifier") and not hasattr(model, "cls_classifier"):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no classifier. Plugins are distilled on logits; "
-            "load the pre-trained model with AutoModelForImageClassification."
-        )
-    global_batch = args.per_device_train_batch_size * accelerator.num_processes
-    count = len(dataset)  # type: ignore[arg-type]
-    if count < global_batch:
-        raise DatasetError(
-            f"The data set has {count} images, but one step takes {global_batch}. "
-            "Lower per_device_train_batch_size or use more images."
-        )
-    was_training, schedule = model.training, get_schedule(model)
-    if schedule is not None:
+    _check_accelerator(accelerator)
+    backbone, objective = find_backbone(model), find_objective(args.objective, model)
+    if get_schedule(model) is not None:
         raise UnsupportedModelError("The model merges tokens already. Call remove_tome(model) before distilling.")
-    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    steps = _count_steps(dataset, args, global_batch)
+    resume = find_checkpoint(args.output_dir, args.resume_from_checkpoint) if args.output_dir is not None else None
+
     torch.manual_seed(args.seed)
-    plugin_chain = PluginChain(backbone, args.max_r, args.rank, args.scale, args.lora_dropout)
-    try:
-        distiller = SelfDistiller(model.eval().requires_grad_(False), plugin_chain)
-        history = _train(distiller, dataset, args, accelerator, global_batch)
-    finally:
-        plugin_chain.remove(backbone)
-        remove_tome(model)
-        model.train(was_training)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(requires_grad[name])
+    facts = BackboneFacts.of(backbone)
+    with _prepared(model, backbone, args) as plugin_chain:
+        distiller = SelfDistiller(model, plugin_chain, objective, accelerator)
+        training = Training(
+            distiller, dataset, args, accelerator, global_batch, steps, {"model": list(facts.sketch)}, eval_dataset
+        )
+        figures = training.run(resume)
+    num_images = None if is_stream(dataset) else len(dataset)
     config = PluginSetConfig(
-        backbone=BackboneFacts.of(backbone),
+        backbone=facts,
         base_model=base_model,
         base_model_revision=base_model_revision,
         max_r=args.max_r,
@@ -138,185 +101,160 @@ def distill(
         trained_scale=args.scale,
         recommended_scale=args.scale,
         training={
-            **asdict(args),
-            **history,
-            **(training_facts or {}),
-            "num_images": count,
+            **args.recipe(),
+            "objective": objective.name,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "num_processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+            "device": _describe_device(accelerator.device),
+            "num_images": num_images,
+            **figures,
+            **(training_facts or {}),
         },
     )
     return PluginSet(config, plugin_chain.adapters())
 
 
-def degree_pair(seed: int, step: int, max_r: int) -> tuple[int, int]:
-    """Two different degrees in `0..max_r`, uniform, a function of seed and step alone: the same on every process."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    first = int(torch.randint(0, max_r + 1, (), generator=generator))
-    second = int(torch.randint(0, max_r, (), generator=generator))
-    return first, second + (second >= first)
-
-
-class PluginChain(nn.Module):
-    """The plugins of all degrees as one low-rank branch per projection, of which a step uses a slice.
-
-    The factors of plugin `P_i_i+1` are rows `i * rank .. (i + 1) * rank`, so the chain between two degrees is a
-    contiguous slice and costs two small matrix products per projection, whatever its length.
-
-    Args:
-        backbone: Where the branches are installed.
-        max_r: Number of plugins.
-        rank: Rank of one plugin.
-        scale: Factor s.
-        dropout: Dropout probability on the input of the branches.
-    """
-
-    def __init__(self, backbone: Backbone, max_r: int, rank: int, scale: float, dropout: float):
-        super().__init__()
-        self.max_r, self.rank, self.scale = max_r, rank, scale
-        self.paths = list(backbone.projections())
-        self.branches = nn.ModuleList()
-        for path, base in backbone.projections().items():
-            branch = PluginBranch(cast(nn.Linear, base), max_r * rank, dropout)
-            self.branches.append(branch)
-            backbone.module.set_submodule(path, ProjectionWithPlugins(base, branch))
-
-    def activate(self, source_r: int, target_r: int) -> None:
-        """Use the signed chain between two degrees from now on; none where they are equal."""
-        indices, sign = chain(source_r, target_r)
-        active = slice(indices.start * self.rank, indices.stop * self.rank)
-        for _, branch in self._items():
-            branch.active, branch.factor = active, sign * self.scale
-
-    def adapters(self) -> dict[int, dict[str, Factors]]:
-        """The plugins by index, as float32 copies on the CPU."""
-        return {i: {path: branch.factors(i, self.rank) for path, branch in self._items()} for i in range(self.max_r)}
-
-    def remove(self, backbone: Backbone) -> None:
-        """Put the original projections back."""
-        for path in self.paths:
-            backbone.module.set_submodule(path, cast(nn.Module, backbone.module.get_submodule(path).base))
-
-    def _items(self) -> Iterator[tuple[str, "PluginBranch"]]:
-        return zip(self.paths, cast(Iterable[PluginBranch], self.branches), strict=True)
-
-
-class PluginBranch(nn.Module):
-    """The low-rank branch beside one projection. `lora_A` starts as in PEFT, `lora_B` (stored transposed) at zero."""
-
-    def __init__(self, base: nn.Linear, rows: int, dropout: float):
-        super().__init__()
-        weight = base.weight
-        self.lora_A = nn.Parameter(torch.empty(rows, base.in_features, device=weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(rows, base.out_features, device=weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.dropout = dropout
-        self.active: slice = slice(0, 0)
-        self.factor: float = 0.0
-
-    def forward(self, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        if self.factor == 0.0:
-            return output
-        lora_A, lora_B = (p[self.active].to(hidden_states.dtype) for p in (self.lora_A, self.lora_B))
-        hidden_states = F.dropout(hidden_states, self.dropout, self.training)
-        return output + F.linear(F.linear(hidden_states, lora_A) * self.factor, lora_B.t())
-
-    def factors(self, index: int, rank: int) -> Factors:
-        rows = slice(index * rank, (index + 1) * rank)
-        lora_A, lora_B = self.lora_A.detach()[rows], self.lora_B.detach()[rows].t()
-        return Factors(lora_A.float().cpu().clone(), lora_B.float().cpu().contiguous().clone())
-
-
-class ProjectionWithPlugins(nn.Module):
-    """A frozen projection and the branch beside it."""
-
-    branch: PluginBranch
-
-    def __init__(self, base: nn.Module, branch: PluginBranch):
-        super().__init__()
-        self.base = base
-        # the branch belongs to the chain: registered once, so that its parameters have one name
-        object.__setattr__(self, "branch", branch)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.branch(hidden_states, self.base(hidden_states))
-
-
-class SelfDistiller(nn.Module):
-    """Teacher and student on one copy of the frozen weights; its forward is the distillation loss.
+class SelfDistiller:
+    """Teacher and student on one copy of the frozen weights.
 
     Args:
         model: The frozen model in evaluation mode, with the branches of `plugins` installed.
         plugins: The chain to train.
+        objective: What to compare.
+        accelerator: Shards the frozen weights, where it is set up to.
     """
 
-    def __init__(self, model: PreTrainedModel, plugins: PluginChain):
-        super().__init__()
-        self.model, self.plugins = model, plugins
+    def __init__(
+        self, model: PreTrainedModel, plugins: PluginChain, objective: Objective, accelerator: Accelerator | None = None
+    ):
+        self.plugins, self.objective = plugins, objective
+        apply_tome(model, 0)
+        # the plugins are no part of the model: they are small, and the same on every process
+        sharded = accelerator is not None and accelerator.distributed_type == DistributedType.FSDP
+        self.model: PreTrainedModel = accelerator.prepare(model) if sharded and accelerator is not None else model
+        if accelerator is not None and not sharded:
+            self.model.to(accelerator.device)  # type: ignore[arg-type]
+        if accelerator is not None:
+            plugins.to(accelerator.device)
 
-    def forward(self, pixel_values: torch.Tensor, source_r: int, target_r: int) -> torch.Tensor:
-        """`KL(teacher at source_r || student at target_r)` at temperature 1, the mean over images (ToCom, eq. 6).
+    def run(
+        self, pixel_values: torch.Tensor, source_r: int, target_r: int, keys: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the objective compares, of the model at degree `target_r` with the chain from `source_r` to it.
 
         Args:
             pixel_values: `(batch, channels, height, width)`.
-            source_r: The teacher's degree m.
-            target_r: The student's degree n.
+            source_r, target_r: The degrees; where they are equal, no plugin is used.
+            keys: int64 `(batch,)`, keys of the images for dropout; `None` for no dropout.
         """
-        self.plugins.activate(source_r, source_r)
-        apply_tome(self.model, source_r)
-        with torch.no_grad():
-            teacher = self.model(pixel_values=pixel_values).logits
-        self.plugins.activate(source_r, target_r)
+        self.plugins.activate(source_r, target_r, keys)
         apply_tome(self.model, target_r)
-        student = self.model(pixel_values=pixel_values).logits
-        teacher, student = F.log_softmax(teacher.float(), dim=-1), F.log_softmax(student.float(), dim=-1)
-        return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+        return self.objective.outputs(self.model, pixel_values)
 
-    def train(self, mode: bool = True):
-        """Only the plugins train; the frozen model stays in evaluation mode."""
-        super().train(mode)
-        self.model.eval()
-        return self
+    def loss(
+        self, pixel_values: torch.Tensor, source_r: int, target_r: int, keys: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """How far the student at `target_r` is from the teacher at `source_r`, the mean over images (ToCom, eq. 6).
+
+        Takes what `run` takes.
+        """
+        with torch.no_grad():
+            teacher = self.run(pixel_values, source_r, source_r)
+        return self.objective.loss(teacher, self.run(pixel_values, source_r, target_r, keys))
 
 
-def _train(
-    distiller: SelfDistiller, dataset: Dataset, args: DistillationArguments, accelerator: Accelerator, global_batch: int
-) -> dict:
-    loader = DataLoader(
-        dataset,
-        batch_size=args.per_device_train_batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=args.dataloader_num_workers,
-        generator=torch.Generator().manual_seed(args.seed),
-    )
-    learning_rate = args.learning_rate * global_batch / 512
-    optimizer = torch.optim.AdamW(distiller.plugins.parameters(), learning_rate, weight_decay=args.weight_decay)
-    module, optimizer, loader = accelerator.prepare(distiller, optimizer, loader)
-    steps = len(loader) * args.num_train_epochs
-    floor = min(args.min_learning_rate / learning_rate, 1.0)
+def hold_out(dataset: Any, count: int, seed: int = 0) -> tuple[Any, Subset]:
+    """Split off some images for the agreement grid.
 
-    def cosine(step: int) -> float:
-        return floor + (1 - floor) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
+    Args:
+        dataset: `TrainingImages`, or another data set with a length.
+        count: Images to split off.
+        seed: Decides which.
 
-    scheduler = torch.optim.lr_scheduler.LambdaLR(getattr(optimizer, "optimizer", optimizer), cosine)
-    desc = f"distilling on {accelerator.num_processes} process(es)"
-    bar = tqdm(total=steps, desc=desc, disable=not accelerator.is_main_process)
-    module.train()
-    step, total = 0, 0.0
-    for _ in range(args.num_train_epochs):
-        for batch in loader:
-            source_r, target_r = degree_pair(args.seed, step, args.max_r)
-            loss = module(batch["pixel_values"], source_r, target_r)
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            value = accelerator.reduce(loss.detach(), "mean").item()
-            step += 1
-            total += value
-            figures = {"loss": value, "learning_rate": scheduler.get_last_lr()[0]}
-            accelerator.log(figures, step=step)
-            bar.update()
-            bar.set_postfix(loss=f"{total / step:.4f}", lr=f"{figures['learning_rate']:.1e}")
-    bar.close()
-    return {"steps": step, "global_batch_size": global_batch, "mean_loss": total / step}
+    Returns:
+        The rest, and the images split off.
+
+    Raises:
+        DatasetError: if nothing would be left.
+    """
+    total = len(dataset)
+    if not 0 < count < total:
+        raise DatasetError(f"Cannot hold out {count} of {total} images. Hold out fewer, or none.")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen, rest = sorted(order[:count]), sorted(order[count:])
+    return dataset.select(rest) if hasattr(dataset, "select") else Subset(dataset, rest), Subset(dataset, chosen)
+
+
+def save_agreement(grid: dict, folder: str | Path) -> str:
+    """Write an agreement grid as the heat map `agreement.png` into a folder, and return it as a table."""
+    from .visualization import plot_agreement
+
+    plot_agreement(grid).savefig(Path(folder) / "agreement.png", dpi=120)
+    return format_grid(grid)
+
+
+@contextlib.contextmanager
+def _prepared(model: PreTrainedModel, backbone: Backbone, args: DistillationArguments) -> Iterator[PluginChain]:
+    """Freeze a model and install the branches of a chain for the length of a `with` block."""
+    modes = {module: module.training for module in model.modules()}
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    checkpointing = model.is_activation_checkpointing
+    plugin_chain = PluginChain(backbone, args.max_r, args.rank, args.scale, args.lora_dropout)
+    try:
+        model.eval().requires_grad_(False)
+        if args.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            for layer in backbone.layers:
+                layer.training = True  # which is when it recomputes; what is inside stays in evaluation mode
+        yield plugin_chain
+    finally:
+        if args.gradient_checkpointing and not checkpointing:
+            model.activation_checkpointing_disable()
+        plugin_chain.remove(backbone)
+        remove_tome(model)
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, required in requires_grad.items():
+            parameter.requires_grad_(required)
+
+
+def _count_steps(dataset: Any, args: DistillationArguments, global_batch: int) -> int:
+    if is_stream(dataset):
+        if args.max_steps is None:
+            raise ArgumentError("A stream has no length: say with max_steps how many steps to train for.")
+        if not hasattr(dataset, "view"):
+            raise DatasetError("Pass streams as TrainingImages(stream, processor).")
+        return args.max_steps
+    count = len(dataset)
+    if count < global_batch:
+        raise DatasetError(
+            f"The data set has {count} images, but one step takes {global_batch}. "
+            "Lower per_device_train_batch_size or use more images."
+        )
+    if args.randaugment_num_ops and dataset[0]["pixel_values"].dtype != torch.uint8:
+        raise ArgumentError(
+            "RandAugment needs images that are not normalised yet: pass TrainingImages, whose samples are uint8."
+        )
+    return args.max_steps or count // global_batch * args.num_train_epochs
+
+
+def _check_accelerator(accelerator: Accelerator) -> None:
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ArgumentError(
+            "Give gradient_accumulation_steps in the DistillationArguments, not to the Accelerator: "
+            "all forward passes of a step run at the same pair of degrees."
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ArgumentError(
+            "DeepSpeed's engine owns optimiser and gradients, of which distillation has only the plugins'. To shard "
+            "the frozen weights use FSDP (examples/configs/fsdp.yaml)."
+        )
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if accelerator.distributed_type == DistributedType.FSDP and plugin is not None and plugin.fsdp_version != 2:
+        raise ArgumentError("Set fsdp_version to 2 (examples/configs/fsdp.yaml): version 1 wraps the model.")
+
+
+def _describe_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -36,3 +36,23 @@ class DatasetError(TocomError, ValueError):
 
 class ComposedWeightsError(TocomError, RuntimeError):
     """Weights that hold a composed plugin chain were changed from outside, for instance by training."""
+
+
+class CheckpointError(TocomError, OSError):
+    """A checkpoint of a distillation is damaged, or belongs to a run with other settings."""
+
+
+class DistillationError(TocomError, RuntimeError):
+    """A distillation cannot go on, for instance because its loss is no longer finite."""
+
+
+class DistillationInterrupted(TocomError):  # noqa: N818, as KeyboardInterrupt
+    """A distillation was told to stop (SIGTERM, SIGINT), after it had written a checkpoint.
+
+    Attributes:
+        signum: The signal.
+    """
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.signum = signum

@@ -1,0 +1,137 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""How a plugin set is distilled: the arguments of `distill`, of `examples/distill.py`, and their presets."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .augmentation import Augmentation
+from .composition import require_scale
+from .errors import ArgumentError, DegreeError
+from .merging import require_degree
+from .objectives import OBJECTIVES
+from .sampling import find_sampler
+
+
+def _argument(default: Any, text: str) -> Any:
+    """A field of the arguments, with the text that the command line shows for it."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DistillationArguments:
+    """How a plugin set is distilled. Numbers that the paper gives (section 4.1) are the defaults; its augmentation is
+    what `PRESETS["paper"]` adds."""
+
+    output_dir: str | None = _argument(None, "Folder for checkpoints and the plugin set. Without it none are written.")
+
+    max_r: int = _argument(16, "Largest degree; the set has this many plugins.")
+    rank: int = _argument(2, "Rank h of one plugin.")
+    scale: float = _argument(0.1, "Factor s in front of the plugins during training.")
+    lora_dropout: float = _argument(0.1, "Dropout probability on the plugins' input.")
+    objective: str = _argument("auto", f"What teacher and student agree on: auto, {' or '.join(OBJECTIVES)}.")
+    degree_sampler: str = _argument("uniform", "How degrees are drawn: uniform, adjacent or antithetic.")
+
+    num_train_epochs: int = _argument(10, "Passes over the data set. Ignored where max_steps is given.")
+    max_steps: int | None = _argument(None, "Steps of the training; needed for streams, which have no length.")
+    per_device_train_batch_size: int = _argument(128, "Images per process and forward pass.")
+    gradient_accumulation_steps: int = _argument(1, "Forward passes per step and process.")
+    learning_rate: float = _argument(1e-3, "Peak learning rate for a global batch of 512; scales with the batch.")
+    min_learning_rate: float = _argument(1e-5, "What the cosine schedule ends at.")
+    weight_decay: float = _argument(0.05, "Of AdamW.")
+    max_grad_norm: float | None = _argument(None, "Clip gradients to this norm.")
+    ema_decay: float | None = _argument(None, "Keep an exponential moving average of the plugins, and return that.")
+    gradient_checkpointing: bool = _argument(False, "Recompute activations: less memory, about a third more time.")
+    max_nonfinite_steps: int = _argument(10, "Stop after so many steps in a row whose loss is not finite.")
+
+    min_crop: float = _argument(0.08, "Smallest share of an image that a random view shows; 1 shows all of it.")
+    flip: float = _argument(0.5, "Probability of mirroring an image.")
+    randaugment_num_ops: int = _argument(0, "Operations of RandAugment for each image.")
+    randaugment_magnitude: float = _argument(9.0, "Their strength, 0 to 10.")
+    random_erasing: float = _argument(0.0, "Probability of erasing a rectangle of an image.")
+    mixup: float = _argument(0.0, "Alpha of mixup; 0 is off.")
+    cutmix: float = _argument(0.0, "Alpha of cutmix; 0 is off.")
+
+    seed: int = _argument(0, "Decides the plugins' initialisation, degrees, order of images, augmentation, dropout.")
+    dataloader_num_workers: int = _argument(0, "Worker processes that load images, for each process.")
+    shuffle_buffer_size: int = _argument(1000, "Samples of a stream that are shuffled among each other.")
+
+    save_steps: int = _argument(1000, "Write a checkpoint every so many steps, and when the run is told to stop.")
+    save_total_limit: int = _argument(2, "Keep so many of the newest checkpoints.")
+    resume_from_checkpoint: str | None = _argument(None, "A checkpoint's folder, or `latest`.")
+    logging_steps: int = _argument(10, "Log figures every so many steps.")
+    eval_steps: int | None = _argument(None, "Measure the agreement grid every so many steps, not only at the end.")
+    eval_degrees: list[int] | None = _argument(None, "Degrees of the agreement grid; default: five from 0 to max_r.")
+
+    def __post_init__(self):
+        if require_degree(self.max_r, "max_r") < 1:
+            raise DegreeError("max_r must be at least 1: a plugin set needs two degrees.")
+        if require_degree(self.rank, "rank") < 1:
+            raise DegreeError("rank must be at least 1.")
+        require_scale(self.scale)
+        find_sampler(self.degree_sampler)
+        if self.objective not in ("auto", *OBJECTIVES):
+            raise ArgumentError(f"objective must be one of auto, {', '.join(OBJECTIVES)}, got {self.objective!r}.")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ArgumentError(f"{name} must be positive, got {value!r}.")
+        for name in ("weight_decay", "min_learning_rate", "dataloader_num_workers"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ArgumentError(f"{name} must not be negative, got {getattr(self, name)!r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ArgumentError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ArgumentError(f"ema_decay must be in (0, 1), got {self.ema_decay!r}.")
+        if not 0 < self.min_crop <= 1 or not 0 <= self.flip <= 1:
+            raise ArgumentError(
+                f"Expected min_crop in (0, 1] and flip in [0, 1], got {self.min_crop!r} and {self.flip!r}."
+            )
+        if self.augmentation.mixes and self.per_device_train_batch_size % 2:
+            raise ArgumentError(
+                "mixup and cutmix mix images in pairs, so per_device_train_batch_size must be even, "
+                f"got {self.per_device_train_batch_size}."
+            )
+        if self.resume_from_checkpoint is not None and self.output_dir is None:
+            raise ArgumentError("resume_from_checkpoint needs output_dir, where the checkpoints are.")
+        for degree in self.eval_degrees or ():
+            if require_degree(degree, "eval_degrees") > self.max_r:
+                raise DegreeError(f"eval_degrees has {degree}, which is above max_r={self.max_r}.")
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """What is done to batches of images on the accelerator."""
+        names = ("randaugment_num_ops", "randaugment_magnitude", "random_erasing", "mixup", "cutmix")
+        return Augmentation(**{name: getattr(self, name) for name in names})
+
+    def recipe(self) -> dict[str, Any]:
+        """The arguments that decide the result: not those that only say where it is written or how often, nor how a
+        global batch is spread over processes and forward passes."""
+        return {name: value for name, value in asdict(self).items() if name not in _NO_RECIPE}
+
+    def degrees(self) -> list[int]:
+        """The degrees of the agreement grid."""
+        count = min(4, self.max_r)
+        return sorted(set(self.eval_degrees or (round(self.max_r * i / count) for i in range(count + 1))))
+
+
+_POSITIVE = (
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "max_grad_norm", "max_nonfinite_steps", "shuffle_buffer_size", "save_steps", "save_total_limit", "logging_steps",
+    "eval_steps",
+)  # fmt: skip
+_NO_RECIPE = (
+    "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
+    "max_nonfinite_steps", "dataloader_num_workers", "save_steps", "save_total_limit", "resume_from_checkpoint",
+    "logging_steps", "eval_steps", "eval_degrees",
+)  # fmt: skip
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # section 4.1 of the paper, with DeiT's augmentation
+    "paper": {
+        "max_r": 16, "rank": 2, "scale": 0.1, "lora_dropout": 0.1, "degree_sampler": "uniform", "num_train_epochs": 10,
+        "per_device_train_batch_size": 128, "learning_rate": 1e-3, "min_learning_rate": 1e-5, "weight_decay": 0.05,
+        "min_crop": 0.08, "flip": 0.5, "randaugment_num_ops": 2, "randaugment_magnitude": 9.0, "random_erasing": 0.25,
+        "mixup": 0.8, "cutmix": 1.0,
+    },
+}  # fmt: skip
+"""Values for `DistillationArguments` by the name of a preset."""

@@ -1,0 +1,259 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Image augmentation in batches on the accelerator: RandAugment, random erasing, mixup and cutmix.
+
+The pixel operations are kornia's; what is random about them comes from the key of each image (see `keyed_random`), so
+an image looks the same whichever process or batch it is in.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .errors import ArgumentError
+from .keyed_random import fold, normals, uniforms
+
+
+_AUGMENT, _ERASE, _NOISE, _MIX, _BETA = range(5)  # what a key is folded with, so that each has numbers of its own
+_MAX_MAGNITUDE = 10.0
+_MAGNITUDE_STD = 0.5
+_APPLY_PROBABILITY = 0.5  # of one RandAugment operation
+_SWITCH_PROBABILITY = 0.5  # of cutmix instead of mixup, where both are on
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to a batch of images. Everything is off by default.
+
+    Attributes:
+        randaugment_num_ops: Operations for each image (RandAugment, arXiv 1909.13719, in the variant that DeiT trains
+            with: each is applied with probability 0.5, and strengths vary by a standard deviation of 0.5).
+        randaugment_magnitude: Their strength, 0 to 10.
+        random_erasing: Probability that a rectangle of noise replaces 2 to 33 % of an image (arXiv 1708.04896).
+        mixup: Parameter alpha of the Beta distribution of mixup's weights (arXiv 1710.09412); 0 is off.
+        cutmix: The same for the areas of cutmix (arXiv 1905.04899). Where both are on, a pair gets one of the two.
+    """
+
+    randaugment_num_ops: int = 0
+    randaugment_magnitude: float = 9.0
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self):
+        if not isinstance(self.randaugment_num_ops, int) or self.randaugment_num_ops < 0:
+            raise ArgumentError(
+                f"randaugment_num_ops must be an integer of at least 0, got {self.randaugment_num_ops!r}."
+            )
+        if not 0 <= self.randaugment_magnitude <= _MAX_MAGNITUDE:
+            raise ArgumentError(f"randaugment_magnitude must be in [0, 10], got {self.randaugment_magnitude!r}.")
+        if not 0 <= self.random_erasing <= 1:
+            raise ArgumentError(f"random_erasing must be a probability in [0, 1], got {self.random_erasing!r}.")
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ArgumentError(f"{name} must be a finite number of at least 0, got {getattr(self, name)!r}.")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs, which takes batches of an even number of images."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def __call__(
+        self, pixel_values: torch.Tensor, keys: torch.Tensor, mean: torch.Tensor | None, std: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Augment and normalise a batch.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`: uint8 in 0..255, or floating point and normalised already,
+                to which RandAugment does not apply.
+            keys: int64 `(batch,)`, one key for each image. Image 2i is mixed with image 2i + 1.
+            mean, std: `(channels,)`, for images in uint8: what their values in [0, 1] are normalised by.
+
+        Returns:
+            Floating point, `(batch, channels, height, width)`, normalised.
+        """
+        if pixel_values.dtype == torch.uint8:
+            images = pixel_values.float() / 255
+            for step in range(self.randaugment_num_ops):
+                images = rand_augment(images, fold(fold(keys, _AUGMENT), step), self.randaugment_magnitude)
+            if mean is not None and std is not None:
+                images = (images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+        else:
+            images = pixel_values
+        if self.random_erasing:
+            images = erase(images, keys, self.random_erasing)
+        return mix(images, keys[::2], self.mixup, self.cutmix) if self.mixes else images
+
+
+def rand_augment(images: torch.Tensor, keys: torch.Tensor, magnitude: float) -> torch.Tensor:
+    """Apply one random operation of RandAugment to each image, or none.
+
+    Args:
+        images: Floating point in [0, 1], `(batch, 3, height, width)`.
+        keys: int64 `(batch,)`.
+        magnitude: Mean strength, 0 to 10.
+
+    Returns:
+        Images in [0, 1], a new tensor.
+    """
+    draws = uniforms(keys, 3)
+    strengths = (magnitude + _MAGNITUDE_STD * normals(keys, 1)[:, 0]).clamp(0, _MAX_MAGNITUDE) / _MAX_MAGNITUDE
+    if magnitude == 0:
+        strengths = torch.zeros_like(strengths)
+    signs = torch.where(draws[:, 2] < 0.5, -1.0, 1.0)
+    choices = (draws[:, 0] * len(OPERATIONS)).long()
+    choices = torch.where(draws[:, 1] < _APPLY_PROBABILITY, choices, len(OPERATIONS))
+    images, chosen_by_image = images.clone(), choices.tolist()
+    for index, operation in enumerate(OPERATIONS):
+        chosen = [position for position, choice in enumerate(chosen_by_image) if choice == index]
+        if chosen:
+            rows = torch.tensor(chosen, device=images.device)
+            images[rows] = operation(images[rows], strengths[rows], signs[rows]).clamp(0, 1)
+    return images
+
+
+def erase(images: torch.Tensor, keys: torch.Tensor, probability: float) -> torch.Tensor:
+    """Replace a random rectangle of some images by normal noise.
+
+    Args:
+        images: `(batch, channels, height, width)`, normalised.
+        keys: int64 `(batch,)`.
+        probability: Of being erased, for each image.
+    """
+    height, width = images.shape[-2:]
+    apply, area, ratio, top, left = uniforms(fold(keys, _ERASE), 5).unbind(1)
+    area = (0.02 + (1 / 3 - 0.02) * area) * height * width
+    aspect = (3.3 ** (2 * ratio - 1)).float()  # between 1 / 3.3 and 3.3
+    box_height = (area * aspect).sqrt().clamp(1, height).floor()
+    box_width = (area / aspect).sqrt().clamp(1, width).floor()
+    inside = _box_mask(top * (height - box_height + 1), left * (width - box_width + 1), box_height, box_width, images)
+    rows = (apply < probability).nonzero()[:, 0]
+    if len(rows) == 0:
+        return images
+    noise = normals(fold(keys[rows], _NOISE), images[0].numel()).view(-1, *images.shape[1:]).to(images.dtype)
+    return images.index_copy(0, rows, torch.where(inside[rows, None], noise, images[rows]))
+
+
+def mix(images: torch.Tensor, pair_keys: torch.Tensor, mixup: float, cutmix: float) -> torch.Tensor:
+    """Mix image 2i with image 2i + 1, both ways, by mixup or by cutmix.
+
+    Args:
+        images: `(batch, channels, height, width)` with an even batch.
+        pair_keys: int64 `(batch / 2,)`.
+        mixup, cutmix: The parameters alpha; 0 is off.
+    """
+    height, width = images.shape[-2:]
+    switch, centre_y, centre_x = uniforms(fold(pair_keys, _MIX), 3).unbind(1)
+    cut = switch < (_SWITCH_PROBABILITY if mixup and cutmix else float(cutmix > 0))
+    weight = torch.where(cut, beta(pair_keys, cutmix or 1.0), beta(pair_keys, mixup or 1.0))
+    # cutmix: the other image shows in a box of (1 - weight) of the area, cut off at the image's border
+    side = (1 - weight).sqrt()
+    tops, bottoms = ((centre_y + sign * side / 2).clamp(0, 1) * height for sign in (-1, 1))
+    lefts, rights = ((centre_x + sign * side / 2).clamp(0, 1) * width for sign in (-1, 1))
+    box = _box_mask(tops, lefts, bottoms.floor() - tops.floor(), rights.floor() - lefts.floor(), images)
+    own = torch.where(cut[:, None, None], (~box).float(), weight[:, None, None])
+    own = own.repeat_interleave(2, dim=0)[:, None].to(images.dtype)
+    partners = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return own * images + (1 - own) * partners
+
+
+def beta(keys: torch.Tensor, alpha: float, rounds: int = 24) -> torch.Tensor:
+    """Draws from Beta(alpha, alpha) by Jöhnk's rejection: float32 `(batch,)` for int64 keys `(batch,)`.
+
+    The first accepted of a fixed number of trials; for alpha <= 1 all fail less than once in ten million keys.
+    """
+    trials = uniforms(fold(keys, _BETA), 2 * rounds).double() ** (1 / alpha)
+    first, second = trials[:, :rounds], trials[:, rounds:]
+    total = first + second
+    accepted = ((total <= 1) & (total > 0)).long().argmax(dim=1, keepdim=True)
+    return (first / total).gather(1, accepted)[:, 0].nan_to_num(0.5).float()
+
+
+def _box_mask(top, left, box_height, box_width, images: torch.Tensor) -> torch.Tensor:
+    """True inside the boxes: bool `(batch, height, width)`."""
+    rows = torch.arange(images.shape[-2], device=images.device)
+    columns = torch.arange(images.shape[-1], device=images.device)
+    top, left = top.floor()[:, None], left.floor()[:, None]
+    inside_rows = (rows >= top) & (rows < top + box_height[:, None])
+    inside_columns = (columns >= left) & (columns < left + box_width[:, None])
+    return inside_rows[:, :, None] & inside_columns[:, None, :]
+
+
+# --- the operations of RandAugment: (images, strengths in [0, 1], signs) -> images ---
+
+Operation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _affine(make: Callable[[torch.Tensor], tuple]) -> Operation:
+    """An operation that moves pixels; `make` gives the matrix, in coordinates of [-1, 1], from the signed strengths."""
+
+    def operation(images, strengths, signs):
+        (a, b, c), (d, e, f) = make(strengths * signs)
+        rows = [torch.stack([torch.broadcast_to(torch.as_tensor(x, device=images.device, dtype=images.dtype),
+                                                strengths.shape) for x in row], dim=-1)
+                for row in ((a, b, c), (d, e, f))]  # fmt: skip
+        grid = torch.nn.functional.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+        # what comes in from outside is mid-grey
+        return torch.nn.functional.grid_sample(images - 0.5, grid, mode="bilinear", align_corners=False) + 0.5
+
+    return operation
+
+
+def _rotation(strength: torch.Tensor) -> tuple:
+    angle = torch.deg2rad(30 * strength)
+    return (angle.cos(), -angle.sin(), 0), (angle.sin(), angle.cos(), 0)
+
+
+def _auto_contrast(images, strengths, signs):
+    low, high = images.amin(dim=(2, 3), keepdim=True), images.amax(dim=(2, 3), keepdim=True)
+    return torch.where(high > low, (images - low) / (high - low).clamp(min=1e-6), images)
+
+
+def _enhance(name: str) -> Operation:
+    """An operation of kornia with a factor for each image, between 0.1 and 1.9."""
+
+    def operation(images, strengths, signs):
+        import kornia.enhance
+
+        return getattr(kornia.enhance, name)(images, 1 + 0.9 * strengths * signs)
+
+    return operation
+
+
+def _equalize(images, strengths, signs):
+    import kornia.enhance
+
+    return kornia.enhance.equalize(images)
+
+
+def _posterize(images, strengths, signs):
+    import kornia.enhance
+
+    return kornia.enhance.posterize(images, 4 - (4 * strengths).int())
+
+
+def _solarize(images, strengths, signs):
+    return torch.where(images < (1 - strengths).view(-1, 1, 1, 1), images, 1 - images)
+
+
+def _solarize_add(images, strengths, signs):
+    return torch.where(images < 0.5, images + (strengths * 110 / 255).view(-1, 1, 1, 1), images)
+
+
+OPERATIONS: tuple[Operation, ...] = (
+    _auto_contrast,
+    _equalize,
+    lambda images, strengths, signs: 1 - images,
+    _affine(_rotation),
+    _posterize,
+    _solarize,
+    _solarize_add,
+    _enhance("adjust_saturation_with_gray_subtraction"),
+    _enhance("adjust_contrast_with_mean_subtraction"),
+    _enhance("adjust_brightness_accumulative"),
+    _enhance("sharpness"),
+    _affine(lambda strength: ((1, 0.3 * strength, 0), (0, 1, 0))),
+    _affine(lambda strength: ((1, 0, 0), (0.3 * strength, 1, 0))),
+    _affine(lambda strength: ((1, 0, 0.9 * strength), (0, 1, 0))),  # 0.45 of the width
+    _affine(lambda strength: ((1, 0, 0), (0, 1, 0.9 * strength))),
+)

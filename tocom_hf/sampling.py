@@ -1,0 +1,68 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Which degrees a distillation step compares.
+
+A sampler is a function of the seed and the step alone, so every process draws the same pairs without talking to the
+others, none waits for one that runs at a smaller degree, and a run that resumes goes on with the next pair.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from .errors import ArgumentError
+
+
+DegreePair = tuple[int, int]
+"""Teacher's degree m and student's degree n, `m != n`."""
+
+DegreeSampler = Callable[[int, int, int], list[DegreePair]]
+"""`(seed, step, max_r)` to the pairs of one step."""
+
+
+def uniform(seed: int, step: int, max_r: int) -> list[DegreePair]:
+    """One of all ordered pairs of different degrees in `0..max_r`, each equally likely (ToCom, algorithm 1)."""
+    generator = _generator(seed, step)
+    first = _integer(generator, max_r + 1)
+    second = _integer(generator, max_r)
+    return [(first, second + (second >= first))]
+
+
+def adjacent(seed: int, step: int, max_r: int) -> list[DegreePair]:
+    """One ordered pair that is the likelier the closer its degrees are: the distance d has a weight of `1 / d`.
+
+    Short chains give every plugin a gradient that the others do not hide.
+    """
+    generator = _generator(seed, step)
+    distances = torch.arange(1, max_r + 1)
+    distance = int(torch.multinomial(1 / distances, 1, generator=generator)) + 1
+    low = _integer(generator, max_r + 1 - distance)
+    pair = (low, low + distance)
+    return [pair if _integer(generator, 2) else pair[::-1]]
+
+
+def antithetic(seed: int, step: int, max_r: int) -> list[DegreePair]:
+    """A uniform pair in both directions, m to n and n to m: twice the work, and a gradient that varies less."""
+    [(first, second)] = uniform(seed, step, max_r)
+    return [(first, second), (second, first)]
+
+
+SAMPLERS: dict[str, DegreeSampler] = {"uniform": uniform, "adjacent": adjacent, "antithetic": antithetic}
+
+
+def find_sampler(name: str) -> DegreeSampler:
+    """The sampler of a name.
+
+    Raises:
+        ArgumentError: if there is none.
+    """
+    if name not in SAMPLERS:
+        raise ArgumentError(f"degree_sampler must be one of {', '.join(SAMPLERS)}, got {name!r}.")
+    return SAMPLERS[name]
+
+
+def _generator(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def _integer(generator: torch.Generator, below: int) -> int:
+    return int(torch.randint(0, below, (), generator=generator))

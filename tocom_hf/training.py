@@ -1,0 +1,325 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""The loop of a distillation: steps, checkpoints, signals, figures.
+
+Only the plugins' gradients travel between processes, in one reduction per step together with the loss. The frozen
+weights never do.
+"""
+
+import contextlib
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .agreement import agreement_grid, agreement_sums
+from .arguments import DistillationArguments
+from .checkpoints import Checkpoint
+from .errors import DistillationError, DistillationInterrupted
+from .loading import StreamState, TrainingLoader, is_stream
+from .sampling import find_sampler
+
+
+logger = logging.get_logger(__name__)
+
+_BUCKETS = 4  # of |m - n|, for the figures
+
+
+class Training:
+    """One run of a distillation, from the beginning or from a checkpoint.
+
+    Args:
+        distiller: `SelfDistiller` with a chain that is new.
+        dataset: The images.
+        args: How to train.
+        accelerator: Where to.
+        global_batch: Images of one step, over all processes.
+        steps: Steps of the whole training.
+        facts: More settings that a run must share with the checkpoint that it goes on from.
+        eval_dataset: Images for the agreement grid.
+    """
+
+    def __init__(
+        self,
+        distiller: Any,
+        dataset: Any,
+        args: DistillationArguments,
+        accelerator: Accelerator,
+        global_batch: int,
+        steps: int,
+        facts: dict[str, Any],
+        eval_dataset: Dataset | None = None,
+    ):
+        self.distiller, self.dataset, self.args, self.accelerator = distiller, dataset, args, accelerator
+        self.global_batch, self.steps, self.eval_dataset = global_batch, steps, eval_dataset
+        self.parameters = dict(distiller.plugins.named_parameters())
+        self.peak = args.learning_rate * global_batch / 512
+        self.optimizer = accelerator.prepare_optimizer(
+            torch.optim.AdamW(self.parameters.values(), self.peak, weight_decay=args.weight_decay)
+        )
+        self.average = [p.detach().clone() for p in self.parameters.values()] if args.ema_decay else None
+        self.mean, self.std = (
+            None if value is None else value.to(accelerator.device)
+            for value in (getattr(dataset, name, None) for name in ("image_mean", "image_std"))
+        )
+        self.settings = {
+            **args.recipe(),
+            "objective": distiller.objective.name,
+            "global_batch_size": global_batch,
+            "steps": steps,
+            "mixed_precision": accelerator.mixed_precision,
+            "num_images": None if is_stream(dataset) else len(dataset),
+            # a stream is read by so many, each its own part
+            "readers": [accelerator.num_processes, args.dataloader_num_workers] if is_stream(dataset) else None,
+            **facts,
+        }
+        self.step, self.skipped = 0, 0
+        self.loss_sums, self.loss_counts = [0.0] * _BUCKETS, [0] * _BUCKETS
+
+    def run(self, resume: tuple[Path, Checkpoint] | None = None) -> dict[str, Any]:
+        """Train to the end.
+
+        Returns:
+            Figures to record: steps, global batch, mean loss, loss by distance of the degrees, agreement grid.
+        """
+        stream_state = self._restore(*resume) if resume else None
+        loader = TrainingLoader(
+            self.dataset, self.args, self.accelerator, self.global_batch, self.steps, self.step, stream_state
+        )
+        self.distiller.plugins.train()
+        with _StopSignal() as stop, self._progress_bar() as bar:
+            self._train(iter(loader), loader, stop, bar)
+        if self.average is not None:
+            with torch.no_grad():
+                for parameter, mean in zip(self.parameters.values(), self.average, strict=True):
+                    parameter.copy_(mean)
+        figures = {
+            "steps": self.steps,
+            "global_batch_size": self.global_batch,
+            "skipped_steps": self.skipped,
+            "mean_loss": sum(self.loss_sums) / max(sum(self.loss_counts), 1),
+            "loss_by_distance": self._loss_by_distance(),
+        }
+        if self.eval_dataset is not None:
+            figures["agreement"] = self.measure_agreement()
+        return figures
+
+    def measure_agreement(self) -> dict:
+        """The agreement grid on the images held out, by all processes together."""
+        self.distiller.plugins.eval()
+        augmentation = type(self.args.augmentation)()
+        own = range(self.accelerator.process_index, len(self.eval_dataset), self.accelerator.num_processes)  # type: ignore[arg-type]
+        loader = DataLoader(Subset(self.eval_dataset, list(own)), batch_size=self.args.per_device_train_batch_size)  # type: ignore[arg-type]
+        device, degrees = self.accelerator.device, self.args.degrees()
+        keys = torch.zeros(self.args.per_device_train_batch_size, dtype=torch.long, device=device)
+        batches = (
+            augmentation(pixels := batch["pixel_values"].to(device), keys[: len(pixels)], self.mean, self.std)
+            for batch in loader
+        )
+        with self.accelerator.autocast():
+            sums = agreement_sums(self.distiller.run, self.distiller.objective.agreement, batches, degrees, device)
+        self.distiller.plugins.train()
+        return agreement_grid(self.accelerator.reduce(sums, "sum"), degrees)
+
+    def _train(self, batches: Iterator, loader: TrainingLoader, stop: "_StopSignal", bar: tqdm) -> None:
+        args, sampler = self.args, find_sampler(self.args.degree_sampler)
+        in_a_row, since, logged = 0, time.perf_counter(), self.step
+        while self.step < self.steps:
+            pairs = sampler(args.seed, self.step, args.max_r)
+            rate = self._learning_rate(self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            total = torch.zeros((), device=self.accelerator.device)
+            for _ in range(args.gradient_accumulation_steps):
+                batch = next(batches)
+                with torch.no_grad():
+                    images = args.augmentation(batch["pixel_values"], batch["key"], self.mean, self.std)
+                for source_r, target_r in pairs:
+                    with self.accelerator.autocast():
+                        loss = self.distiller.loss(images, source_r, target_r, batch["key"])
+                    loss = loss / (args.gradient_accumulation_steps * len(pairs))
+                    self.accelerator.backward(loss)
+                    total += loss.detach()
+            value, told_to_stop = self._share(total, stop.signum is not None)
+            norm = self._clip()
+            # fp16's loss scaling finds out for itself how large gradients may get
+            finite = math.isfinite(value) and (self.accelerator.scaler is not None or math.isfinite(norm))
+            if finite:
+                self.optimizer.step()
+                if self.average is not None and args.ema_decay is not None:
+                    get_ema_multi_avg_fn(args.ema_decay)(self.average, list(self.parameters.values()), None)
+            self.optimizer.zero_grad()
+            in_a_row = 0 if finite else in_a_row + 1
+            self.skipped += not finite
+            if in_a_row >= args.max_nonfinite_steps:
+                raise DistillationError(
+                    f"The loss was not finite in {in_a_row} steps in a row, up to step {self.step}. The plugins were "
+                    "not changed by these. Look for images that are not finite; lower learning_rate, or use bf16 "
+                    "instead of fp16. The last checkpoint is from before."
+                )
+            self.step += 1
+            bar.update()
+            if finite:
+                distance = abs(pairs[0][0] - pairs[0][1])
+                bucket = (distance - 1) * _BUCKETS // args.max_r
+                self.loss_sums[bucket] += value
+                self.loss_counts[bucket] += 1
+            if self.step % args.logging_steps == 0 or self.step == self.steps:
+                now = time.perf_counter()
+                speed = (self.step - logged) * self.global_batch / (now - since)
+                since, logged = now, self.step
+                self._log(bar, rate, norm, speed)
+            due = told_to_stop or self.step % args.save_steps == 0 or self.step == self.steps
+            if args.output_dir and due and in_a_row == 0:  # while steps fail the last good checkpoint shall stay
+                self._save(loader.stream_state)
+            if told_to_stop and self.step < self.steps:
+                self._stop(stop.signum or signal.SIGTERM)
+            if args.eval_steps and self.eval_dataset is not None and self.step % args.eval_steps == 0:
+                self._log_agreement()
+
+    def _share(self, loss: torch.Tensor, stop: bool) -> tuple[float, bool]:
+        """Average gradients and loss over processes, and find out whether any was told to stop."""
+        accelerator = self.accelerator
+        if accelerator.num_processes == 1:
+            return loss.item(), stop
+        gradients = [p.grad for p in self.parameters.values()]
+        flag = torch.tensor(float(stop), device=loss.device)
+        flat = torch.cat([*(g.flatten() for g in gradients if g is not None), loss[None], flag[None]])
+        flat = accelerator.reduce(flat, "mean")
+        offset = 0
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
+                offset += gradient.numel()
+        value, stopped = flat[-2:].tolist()
+        return value, stopped > 0
+
+    def _clip(self) -> float:
+        """Clip the gradients; returns the norm that they had."""
+        limit = self.args.max_grad_norm or float("inf")
+        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit)
+        return float(norm)
+
+    def _learning_rate(self, step: int) -> float:
+        """The cosine schedule, without warm-up, down to `min_learning_rate`."""
+        floor = min(self.args.min_learning_rate, self.peak)
+        return floor + (self.peak - floor) * (1 + math.cos(math.pi * step / self.steps)) / 2
+
+    def _loss_by_distance(self) -> dict[str, float]:
+        """Mean loss by the distance |m - n| of the degrees."""
+        figures, max_r = {}, self.args.max_r
+        for bucket, (total, count) in enumerate(zip(self.loss_sums, self.loss_counts, strict=True)):
+            inside = [d for d in range(1, max_r + 1) if (d - 1) * _BUCKETS // max_r == bucket]
+            if count:
+                figures[f"{inside[0]}-{inside[-1]}"] = total / count
+        return figures
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.steps,
+            initial=self.step,
+            desc=f"distilling on {self.accelerator.num_processes} process(es)",
+            disable=not self.accelerator.is_main_process,
+        )
+
+    def _log(self, bar: tqdm, rate: float, norm: float, speed: float) -> None:
+        mean = sum(self.loss_sums) / max(sum(self.loss_counts), 1)
+        by_distance = {f"loss/distance_{name}": value for name, value in self._loss_by_distance().items()}
+        figures = {"loss": mean, "learning_rate": rate, "grad_norm": norm, "images_per_second": speed}
+        self.accelerator.log({**figures, **by_distance, "skipped_steps": self.skipped}, step=self.step)
+        bar.set_postfix_str(f"loss {mean:.4g}, lr {rate:.1e}, {speed:.1f} images/s")
+
+    def _log_agreement(self) -> None:
+        grid = self.measure_agreement()
+        for name in ("plain", "tocom"):
+            off_diagonal = [value for i, row in enumerate(grid[name]) for j, value in enumerate(row) if i != j]
+            self.accelerator.log({f"agreement/{name}": sum(off_diagonal) / len(off_diagonal)}, step=self.step)
+
+    def _save(self, stream_state: StreamState) -> None:
+        streams = gather_object([stream_state.to_list()])
+        if self.accelerator.is_main_process:
+            tensors = {f"plugins.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+            state = self.optimizer.optimizer.state
+            for name, parameter in self.parameters.items():
+                for key, value in state[parameter].items():
+                    tensors[f"{key}.{name}"] = value
+            for name, mean in zip(self.parameters, self.average or (), strict=False):
+                tensors[f"average.{name}"] = mean
+            scaler = self.accelerator.scaler
+            progress = {
+                "skipped": self.skipped,
+                "loss_sums": self.loss_sums,
+                "loss_counts": self.loss_counts,
+                "streams": streams,
+                "scaler": None if scaler is None else scaler.state_dict(),
+            }
+            checkpoint = Checkpoint(self.step, self.settings, tensors, progress)
+            checkpoint.save(str(self.args.output_dir), self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, folder: Path, checkpoint: Checkpoint) -> StreamState:
+        checkpoint.check_settings(self.settings, folder)
+        tensors, progress = checkpoint.tensors, checkpoint.progress
+        optimizer, device = self.optimizer.optimizer, self.accelerator.device
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"plugins.{name}"])
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                if f"step.{name}" in tensors:
+                    optimizer.state[parameter] = {
+                        # AdamW counts steps on the CPU
+                        key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else device)
+                        for key in keys
+                    }
+            for name, mean in zip(self.parameters, self.average or (), strict=False):
+                mean.copy_(tensors[f"average.{name}"])
+        if self.accelerator.scaler is not None and progress["scaler"]:
+            self.accelerator.scaler.load_state_dict(progress["scaler"])
+        self.step, self.skipped = checkpoint.step, progress["skipped"]
+        self.loss_sums, self.loss_counts = list(progress["loss_sums"]), list(progress["loss_counts"])
+        logger.warning("Going on from %s, step %d of %d.", folder, self.step, self.steps)
+        return StreamState.from_list(progress["streams"][self.accelerator.process_index % len(progress["streams"])])
+
+    def _stop(self, signum: int) -> None:
+        name = signal.Signals(signum).name
+        where = (
+            f"A checkpoint is in {self.args.output_dir}; go on with resume_from_checkpoint='latest'."
+            if self.args.output_dir
+            else "Without an output_dir nothing was kept."
+        )
+        raise DistillationInterrupted(f"Stopped by {name} after step {self.step} of {self.steps}. {where}", signum)
+
+
+class _StopSignal(contextlib.AbstractContextManager):
+    """Remembers SIGTERM and SIGINT, so that a step is finished and a checkpoint written. A second one stops at once."""
+
+    def __init__(self):
+        self.signum: int | None = None
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self.previous[signum] = signal.signal(signum, self._receive)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def _receive(self, signum: int, frame: Any) -> None:
+        if self.signum is not None:
+            signal.signal(signum, self.previous[signum])
+            os.kill(os.getpid(), signum)
+        self.signum = signum
