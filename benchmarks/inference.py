@@ -180,6 +180,8 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     args = parse_args()
+    # every variant is a model of its own, on code that they share
+    torch._dynamo.config.recompile_limit = 100
     rows = []
     for size in args.models:
         for image_size in args.image_sizes:

@@ -27,7 +27,7 @@ class DistillationArguments:
     max_r: int = _argument(16, "Largest degree; the set has this many plugins.")
     rank: int = _argument(2, "Rank h of one plugin.")
     scale: float = _argument(0.1, "Factor s in front of the plugins during training.")
-    lora_dropout: float = _argument(0.1, "Dropout probability on the plugins' input.")
+    lora_dropout: float = _argument(0.1, "Dropout probability between the two factors of a plugin.")
     objective: str = _argument("auto", f"What teacher and student agree on: auto, {' or '.join(OBJECTIVES)}.")
     degree_sampler: str = _argument("uniform", "How degrees are drawn: uniform, adjacent or antithetic.")
 

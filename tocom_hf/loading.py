@@ -102,6 +102,7 @@ class KeyedStream(IterableDataset):
         images: `TrainingImages` over a `datasets.IterableDataset`.
         seed: Seed of the training.
         process_index, num_processes: Which part to read.
+        batch_size: Samples of a batch; each worker delivers whole batches.
         shuffle_buffer_size: Samples that are shuffled among each other; shards are shuffled anyhow.
         state: Where to go on.
     """
@@ -112,6 +113,7 @@ class KeyedStream(IterableDataset):
         seed: int,
         process_index: int,
         num_processes: int,
+        batch_size: int,
         shuffle_buffer_size: int,
         state: StreamState | None = None,
     ):
@@ -119,13 +121,15 @@ class KeyedStream(IterableDataset):
         self.process_index, self.num_processes = process_index, num_processes
         stream = split_dataset_by_node(images.images, rank=process_index, world_size=num_processes)
         self.stream: HubStream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer_size)
-        self.state = state or StreamState()
+        self.batch_size, self.state = batch_size, state or StreamState()
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        # the loader asks its workers in turn and begins with the first: let that be the one whose turn it is
-        worker = (worker + self.state.next_worker) % num_workers
+        if worker < self.state.next_worker:
+            # the loader asks its workers in turn, beginning with the first, but it is a later one's turn
+            blank = {"pixel_values": torch.empty(0), "key": torch.tensor(0), "place": torch.tensor([worker, -1, 0])}
+            yield from itertools.repeat(blank, self.batch_size)
         first_epoch, done = self.state.done.get(worker, (0, 0))
         for epoch in itertools.count(first_epoch):
             self.stream.set_epoch(epoch)
@@ -177,7 +181,14 @@ class TrainingLoader:
         }
         if is_stream(dataset):
             process = accelerator.process_index, accelerator.num_processes
-            stream = KeyedStream(dataset, args.seed, *process, args.shuffle_buffer_size, stream_state)
+            stream = KeyedStream(
+                dataset,
+                args.seed,
+                *process,
+                args.per_device_train_batch_size,
+                args.shuffle_buffer_size,
+                stream_state,
+            )
             shards = max(stream.stream.num_shards, 1)
             if args.dataloader_num_workers > shards:
                 logger.warning("Reading with %d workers: a process has no more files than that.", shards)
@@ -194,6 +205,8 @@ class TrainingLoader:
         for batch in self._loader:
             if "place" in batch:
                 worker, epoch, count = batch.pop("place")[-1].tolist()
+                if epoch < 0:
+                    continue
                 self.stream_state.done[worker] = (epoch, count)
                 self.stream_state.next_worker = (worker + 1) % self._num_workers
             yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}

@@ -31,8 +31,8 @@ class PluginChain(nn.Module):
     """The plugins of all degrees as one low-rank branch for each layer.
 
     The factors of plugin `P_i_i+1` are rows `i * rank .. (i + 1) * rank`, so the chain between two degrees is a
-    contiguous slice, whatever its length. Query and value read the same input, so they share its dropout and one
-    matrix product with `lora_A`. In all, a layer costs three small matrix products.
+    contiguous slice, whatever its length. Query and value read the same input, so they share one matrix product with
+    `lora_A`; in all, a layer costs three small ones.
 
     The branches are not part of the model: only the projections that call them are. What wraps or shards the model's
     weights leaves them alone.
@@ -42,7 +42,7 @@ class PluginChain(nn.Module):
         max_r: Number of plugins.
         rank: Rank h of one plugin.
         scale: Factor s.
-        dropout: Dropout probability on the input of the branches.
+        dropout: Dropout probability between the two factors.
     """
 
     def __init__(self, backbone: Backbone, max_r: int, rank: int, scale: float, dropout: float):
@@ -139,14 +139,16 @@ class LayerBranch(nn.Module):
         return Factors(lora_A.float().cpu().clone(), lora_B.float().cpu().contiguous().clone())
 
     def _down(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(batch, tokens, 2 * active rows)`: the input times `lora_A` of query and value, times sign and scale."""
+        """`(batch, tokens, 2 * active rows)`: the input times `lora_A` of query and value, times sign and scale.
+
+        Dropout is applied to this product, as in the authors' release, not to the much wider input, as in PEFT.
+        """
         rows, factor, keys = cast(ActiveChain, self.active)
-        if self.training and self.dropout and keys is not None:
-            _, tokens, channels = hidden_states.shape
-            hidden_states = hidden_states * keep_mask(fold(keys, self.index), tokens, channels, self.dropout)
-            factor /= 1 - self.dropout
-        lora_A = self.lora_A[:, rows].flatten(0, 1) * factor
-        return F.linear(hidden_states, lora_A.to(hidden_states.dtype))
+        lora_A = self.lora_A[:, rows].flatten(0, 1)
+        if not (self.training and self.dropout and keys is not None):
+            return F.linear(hidden_states, (lora_A * factor).to(hidden_states.dtype))
+        down = F.linear(hidden_states, (lora_A * (factor / (1 - self.dropout))).to(hidden_states.dtype))
+        return down * keep_mask(fold(keys, self.index), down.shape[1], down.shape[2], self.dropout)
 
     def _halves(self, part: int) -> tuple[slice, slice]:
         rows = cast(ActiveChain, self.active).rows

@@ -1,0 +1,59 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""The agreement grid counts what the formula says."""
+
+import torch
+
+from tocom_hf.agreement import agreement_grid, agreement_sums, format_grid
+from tocom_hf.visualization import plot_agreement
+
+
+DEGREES = [0, 2, 5]
+
+
+def run(pixel_values, source_r, target_r):
+    """A model whose class is the image's number plus the degree, of which the chain takes back half."""
+    degree = target_r if source_r == target_r else (source_r + target_r) // 2
+    return (pixel_values + degree) % 7
+
+
+def agreement(teacher, student):
+    return (teacher == student).float()
+
+
+def grid():
+    batches = [torch.arange(5), torch.arange(5, 9)]
+    return agreement_grid(agreement_sums(run, agreement, batches, DEGREES, torch.device("cpu")), DEGREES)
+
+
+def test_cells_are_means_over_images():
+    result = grid()
+    assert result["degrees"] == DEGREES
+    assert result["images"] == 9
+    for i, m in enumerate(DEGREES):
+        for j, n in enumerate(DEGREES):
+            plain = [float((image + m) % 7 == (image + n) % 7) for image in range(9)]
+            chain = n if m == n else (m + n) // 2
+            tocom = [float((image + m) % 7 == (image + chain) % 7) for image in range(9)]
+            assert result["plain"][i][j] == sum(plain) / 9
+            assert result["tocom"][i][j] == sum(tocom) / 9
+
+
+def test_sums_of_processes_add_up():
+    parts = [
+        agreement_sums(run, agreement, [images], DEGREES, torch.device("cpu"))
+        for images in (torch.arange(4), torch.arange(4, 9))
+    ]
+    assert agreement_grid(parts[0] + parts[1], DEGREES) == grid()
+
+
+def test_the_table_shows_every_cell():
+    lines = format_grid(grid()).splitlines()
+    assert len(lines) == 4
+    assert lines[1].count("100.00>100.00") == 1
+
+
+def test_the_heat_map_has_three_panels(tmp_path):
+    figure = plot_agreement(grid())
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == ["token merging alone", "with ToCom", "difference"]
+    figure.savefig(tmp_path / "agreement.png")

@@ -1,0 +1,152 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Augmentation is that of PIL and the papers, and an image's own whatever batch it is in."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+from tocom_hf import ArgumentError
+from tocom_hf.augmentation import OPERATIONS, Augmentation, beta, erase, mix, rand_augment
+from tocom_hf.keyed_random import image_keys
+
+
+FULL = Augmentation(randaugment_num_ops=2, random_erasing=0.5, mixup=0.8, cutmix=1.0)
+MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+
+
+def keys(count, epoch=0):
+    return image_keys(3, torch.full((count,), epoch), torch.arange(count))
+
+
+@pytest.fixture
+def pixels():
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.rand(16, 3, 6, 6, generator=generator) * 200 + 20
+    return torch.nn.functional.interpolate(coarse, (24, 24), mode="bilinear").round().to(torch.uint8)
+
+
+def test_an_image_is_augmented_alike_in_every_batch(pixels):
+    whole = FULL(pixels, keys(16), MEAN, STD)
+    parts = [FULL(pixels[i : i + 4], keys(16)[i : i + 4], MEAN, STD) for i in range(0, 16, 4)]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
+
+
+def test_epochs_differ(pixels):
+    assert not torch.allclose(FULL(pixels, keys(16), MEAN, STD), FULL(pixels, keys(16, epoch=1), MEAN, STD))
+
+
+def test_without_augmentation_images_are_normalised(pixels):
+    expected = (pixels.double() / 255 - MEAN[:, None, None]) / STD[:, None, None]
+    torch.testing.assert_close(Augmentation()(pixels, keys(16), MEAN, STD).double(), expected, rtol=0, atol=1e-5)
+    finished = torch.randn(4, 3, 8, 8)
+    assert torch.equal(Augmentation()(finished, keys(4), None, None), finished)
+
+
+# every operation of RandAugment at a strength of 0.6, by PIL
+PIL_OPERATIONS = {
+    0: ImageOps.autocontrast,
+    1: ImageOps.equalize,
+    2: ImageOps.invert,
+    4: lambda image: ImageOps.posterize(image, 4 - 2),
+    5: lambda image: ImageOps.solarize(image, 102),
+    6: lambda image: image.point(lambda value: min(255, value + 66) if value < 128 else value),
+    7: lambda image: ImageEnhance.Color(image).enhance(1.54),
+    8: lambda image: ImageEnhance.Contrast(image).enhance(1.54),
+    9: lambda image: ImageEnhance.Brightness(image).enhance(1.54),
+    10: lambda image: ImageEnhance.Sharpness(image).enhance(1.54),
+    3: lambda image: image.rotate(18, Image.Resampling.BILINEAR, fillcolor=(127, 127, 127)),
+    11: lambda image: image.transform(
+        image.size, Image.Transform.AFFINE, (1, 0.18, -0.18 * 12, 0, 1, 0), Image.Resampling.BILINEAR
+    ),
+    12: lambda image: image.transform(
+        image.size, Image.Transform.AFFINE, (1, 0, 0, 0.18, 1, -0.18 * 12), Image.Resampling.BILINEAR
+    ),
+    13: lambda image: image.transform(
+        image.size, Image.Transform.AFFINE, (1, 0, 0.27 * 24, 0, 1, 0), Image.Resampling.BILINEAR
+    ),
+    14: lambda image: image.transform(
+        image.size, Image.Transform.AFFINE, (1, 0, 0, 0, 1, 0.27 * 24), Image.Resampling.BILINEAR
+    ),
+}
+
+
+@pytest.mark.parametrize("index", range(len(OPERATIONS)))
+def test_operations_are_those_of_pil(pixels, index):
+    images = pixels.float() / 255
+    ones = torch.ones(len(images))
+    ours = OPERATIONS[index](images, 0.6 * ones, ones).clamp(0, 1) * 255
+    inside = slice(7, 17) if index in (3, 11, 12, 13, 14) else slice(None)  # away from what comes in from outside
+    for image, result in zip(pixels, ours, strict=True):
+        picture = PIL_OPERATIONS[index](Image.fromarray(image.permute(1, 2, 0).numpy()))
+        expected = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
+        difference = (result - expected)[:, inside, inside].abs()
+        assert difference.mean() < 1.5
+        assert difference.max() < 12
+
+
+def test_half_of_the_operations_are_applied():
+    images = torch.rand(400, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    changed = (rand_augment(images, keys(400), 9.0) != images).flatten(1).any(1)
+    assert abs(changed.float().mean() - 0.5) < 0.1
+
+
+def test_mixup_and_cutmix_mix_pairs_both_ways():
+    images = torch.randn(40, 3, 20, 20)
+    partners = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    pair_keys = keys(40)[::2]
+    mixed = mix(images, pair_keys, 0.8, 0.0)
+    weights = beta(pair_keys, 0.8).repeat_interleave(2)[:, None, None, None]
+    torch.testing.assert_close(mixed, weights * images + (1 - weights) * partners)
+    cut = mix(images, pair_keys, 0.0, 1.0)
+    assert ((cut == images) | (cut == partners)).all()
+    # a box of 1 - weight of the area, cut off at the border
+    foreign = (cut == partners).all(1).float().mean((1, 2))
+    assert (foreign <= 1 - beta(pair_keys, 1.0).repeat_interleave(2) + 0.12).all()
+    assert 0.1 < foreign.mean() < 0.5
+
+
+def test_both_mixers_take_turns():
+    images = torch.randn(400, 1, 6, 6)
+    partners = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    mixed = mix(images, keys(400)[::2], 0.8, 1.0)
+    cut = ((mixed == images) | (mixed == partners)).flatten(1).all(1).float().mean()
+    assert abs(cut - 0.5) < 0.12
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0])
+def test_beta_has_the_moments_of_beta(alpha):
+    draws = beta(keys(4000), alpha)
+    assert abs(draws.mean() - 0.5) < 0.02
+    assert abs(draws.var() - 0.25 / (2 * alpha + 1)) < 0.01
+    assert ((draws >= 0) & (draws <= 1)).all()
+
+
+def test_erasing_replaces_rectangles_by_noise():
+    images = torch.zeros(400, 3, 20, 20)
+    erased = erase(images, keys(400), 0.25)
+    shares = (erased != 0).all(1).float().mean((1, 2))
+    hit = shares > 0
+    assert abs(hit.float().mean() - 0.25) < 0.06
+    assert shares[hit].max() < 0.36
+    assert abs(erased[erased != 0].std() - 1) < 0.05
+    first = (erased[hit][0] != 0).all(0)
+    rows, columns = first.any(1).nonzero()[:, 0], first.any(0).nonzero()[:, 0]
+    assert first.sum() == len(rows) * len(columns)
+    assert rows[-1] - rows[0] + 1 == len(rows)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mixup": -1.0},
+        {"cutmix": float("inf")},
+        {"random_erasing": 1.5},
+        {"randaugment_num_ops": -1},
+        {"randaugment_num_ops": 1.5},
+        {"randaugment_magnitude": 11.0},
+    ],
+)
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ArgumentError, match=next(iter(wrong))):
+        Augmentation(**wrong)
