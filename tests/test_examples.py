@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.commands.config.config_args import load_config_from_file
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
@@ -172,3 +173,10 @@ def test_wrong_use_writes_nothing(tmp_path, script, arguments, message):
     assert re.search(message, errors), errors
     assert not (tmp_path / "set").exists()
     assert not (tmp_path / "plot.png").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_are_accelerates(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 8 * config.num_machines
+    assert config.mixed_precision == "bf16"
