@@ -100,9 +100,8 @@ def load_data(script: ScriptArguments, training: DistillationArguments) -> tuple
             script.dataset_name, split=script.eval_split, max_samples=script.num_eval_images, **common
         )
         return images, TrainingImages(held_out, processor, **views)
-    if script.streaming or script.num_eval_images == 0:
-        return images, None
-    return hold_out(images, min(script.num_eval_images, len(images) // 10), training.seed)
+    count = 0 if script.streaming else min(script.num_eval_images, len(images) // 10)
+    return hold_out(images, count, training.seed) if count else (images, None)
 
 
 def main() -> None:

@@ -252,6 +252,12 @@ def test_other_settings_are_refused(tmp_path):
         distill(make_model(), Noise(), arguments(tmp_path))
 
 
+def test_machines_that_do_not_share_a_folder_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("tocom_hf.training.gather_object", lambda found: [*found, 4])
+    with pytest.raises(CheckpointError, match="a folder that all of them see"):
+        distill(make_model(), Noise(), arguments(tmp_path))
+
+
 def test_where_and_how_often_may_change(tmp_path):
     distill(make_model(), Noise(), arguments(tmp_path))
     changed = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_steps": 5, "logging_steps": 1}

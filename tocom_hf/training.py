@@ -26,7 +26,7 @@ from transformers.utils import logging
 from .agreement import agreement_grid, agreement_sums
 from .arguments import DistillationArguments
 from .checkpoints import Checkpoint
-from .errors import DistillationError, DistillationInterrupted
+from .errors import CheckpointError, DistillationError, DistillationInterrupted
 from .loading import StreamState, TrainingLoader, is_stream
 from .sampling import find_sampler
 
@@ -94,6 +94,11 @@ class Training:
             Figures to record: steps, global batch, mean loss, loss by distance of the degrees, agreement grid.
         """
         stream_state = self._restore(*resume) if resume else None
+        if len(set(gather_object([self.step]))) > 1:
+            raise CheckpointError(
+                f"Processes found different checkpoints in {self.args.output_dir}. On several machines output_dir must "
+                "be a folder that all of them see."
+            )
         loader = TrainingLoader(
             self.dataset, self.args, self.accelerator, self.global_batch, self.steps, self.step, stream_state
         )
@@ -119,7 +124,10 @@ class Training:
         """The agreement grid on the images held out, by all processes together."""
         self.distiller.plugins.eval()
         augmentation = type(self.args.augmentation)()
-        own = range(self.accelerator.process_index, len(self.eval_dataset), self.accelerator.num_processes)  # type: ignore[arg-type]
+        processes = self.accelerator.num_processes
+        # as many for each: where weights are sharded, all processes must run the model equally often
+        count = len(self.eval_dataset) // processes * processes  # type: ignore[arg-type]
+        own = range(self.accelerator.process_index, count, processes)
         loader = DataLoader(Subset(self.eval_dataset, list(own)), batch_size=self.args.per_device_train_batch_size)  # type: ignore[arg-type]
         device, degrees = self.accelerator.device, self.args.degrees()
         keys = torch.zeros(self.args.per_device_train_batch_size, dtype=torch.long, device=device)
