@@ -8,9 +8,17 @@ import reference
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import MODEL_CLASSES, make_model
-from transformers import ViTModel
+from transformers import Dinov2Config, Dinov2Model, ViTModel
 
-from tocom_hf import DegreeError, TocomError, UnsupportedInputError, UnsupportedModelError, apply_tome, remove_tome
+from tocom_hf import (
+    ArgumentError,
+    DegreeError,
+    TocomError,
+    UnsupportedInputError,
+    UnsupportedModelError,
+    apply_tome,
+    remove_tome,
+)
 from tocom_hf.patching import get_schedule
 
 
@@ -53,6 +61,33 @@ def test_remove_restores_the_model(model_class, pixel_values):
         assert torch.equal(model(pixel_values).logits, expected)
     assert describe(model) == before
     assert describe(remove_tome(model)) == before
+
+
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+@pytest.mark.parametrize("r", [0, 3, 20])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_class_tokens_only_gives_the_same_logits(model_class, r, attention, pixel_values):
+    model, trimmed = make_model(model_class), make_model(model_class)
+    trimmed.config._attn_implementation = model.config._attn_implementation = attention
+    apply_tome(model, r)
+    apply_tome(trimmed, r, class_tokens_only=True)
+    with torch.no_grad():
+        torch.testing.assert_close(trimmed(pixel_values).logits, model(pixel_values).logits, rtol=1e-5, atol=1e-5)
+        last = trimmed.base_model(pixel_values).last_hidden_state
+    assert last.shape[1] == (1 if model_class is MODEL_CLASSES[0] else 2)
+    # another degree keeps it, and an explicit argument takes it back
+    apply_tome(trimmed, 2)
+    assert trimmed.base_model(pixel_values).last_hidden_state.shape == last.shape
+    apply_tome(trimmed, 0, class_tokens_only=False)
+    assert trimmed.base_model(pixel_values).last_hidden_state.shape[1] > last.shape[1]
+
+
+def test_class_tokens_only_is_refused_where_patch_tokens_are_read():
+    model = Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=28))
+    with pytest.raises(ArgumentError, match="patch tokens"):
+        apply_tome(model, 2, class_tokens_only=True)
+    with pytest.raises(ArgumentError, match="restore"):
+        apply_tome(make_model(), 2, class_tokens_only=True, restore=True)
 
 
 def test_a_second_apply_changes_the_degree(model, pixel_values):

@@ -130,7 +130,11 @@ class SelfDistiller:
         self, model: PreTrainedModel, plugins: PluginChain, objective: Objective, accelerator: Accelerator | None = None
     ):
         self.plugins, self.objective = plugins, objective
-        apply_tome(model, 0)
+        backbone = find_backbone(model)
+        # transformers' own heads of these families read nothing else; those of others might
+        stock = type(model).__module__.startswith("transformers.") and not hasattr(model, "decoder")
+        reads_class_tokens = stock and backbone.protected > 0 and not backbone.architecture.restore
+        apply_tome(model, 0, class_tokens_only=reads_class_tokens)
         # the plugins are no part of the model: they are small, and the same on every process
         sharded = accelerator is not None and accelerator.distributed_type == DistributedType.FSDP
         self.model: PreTrainedModel = accelerator.prepare(model) if sharded and accelerator is not None else model

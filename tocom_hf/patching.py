@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .architectures import Architecture, Backbone, find_backbone
-from .errors import UnsupportedInputError, UnsupportedModelError
+from .errors import ArgumentError, UnsupportedInputError, UnsupportedModelError
 from .merging import (
     MergePlan,
     Schedule,
@@ -41,6 +41,7 @@ def apply_tome(
     *,
     proportional_attention: bool = True,
     restore: bool | None = None,
+    class_tokens_only: bool | None = None,
 ) -> PreTrainedModel:
     """Make a transformers model merge tokens in every layer (ToMe, arXiv 2210.09461). Weights are not touched.
 
@@ -56,6 +57,10 @@ def apply_tome(
             `last_hidden_state` keeps its shape and means over tokens weigh by size. By default on for families whose
             heads read patch tokens (DINOv2, CLIP, SigLIP, I-JEPA, masked image modelling), off where they read the
             class token only; a model that merges already keeps what it has.
+        class_tokens_only: Let only the class (and distillation) tokens leave the last layer, which then computes
+            nothing for the others but their keys and values: the same logits, at most a twelfth cheaper for twelve
+            layers. `last_hidden_state` holds these tokens only. Off by default; a model that merges already keeps what
+            it has.
 
     Returns:
         The same model.
@@ -63,16 +68,23 @@ def apply_tome(
     Raises:
         UnsupportedModelError: if the architecture is not supported.
         DegreeError: if `r` is not a degree.
+        ArgumentError: if `class_tokens_only` contradicts `restore`, or the family has no class token.
     """
     backbone = find_backbone(model)
     schedule = resolve_schedule(r, len(backbone.layers))
     hook = _find_hook(backbone.module)
+    if class_tokens_only is None:
+        class_tokens_only = hook is not None and hook.settings.class_tokens_only
     if restore is None and hook is not None:
         restore = hook.settings.restore
     elif restore is None:
         # the decoders of SimMIM-style models read the patch tokens
         restore = backbone.architecture.restore or hasattr(model, "decoder")
-    settings = MergeSettings(schedule, backbone.protected, proportional_attention, restore)
+    if class_tokens_only and (restore or backbone.protected == 0):
+        raise ArgumentError(
+            f"class_tokens_only does not fit {type(model).__name__}, whose head reads patch tokens, nor restore=True."
+        )
+    settings = MergeSettings(schedule, backbone.protected, proportional_attention, restore, class_tokens_only)
     if hook is not None:
         hook.settings = settings
         return model
@@ -193,6 +205,7 @@ class MergeSettings:
     protected: int
     proportional_attention: bool = True
     restore: bool = False
+    class_tokens_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -227,12 +240,14 @@ class AttentionCall(NamedTuple):
         sizes: Sizes of the tokens that enter, or `None` where all are 1.
         r: How many tokens to merge.
         plan: The plan to merge by where the layer is recomputed, else `None`.
+        queries: How many tokens to compute, from the front; `None` for all.
     """
 
     settings: MergeSettings
     sizes: torch.Tensor | None
     r: int
     plan: MergePlan | None
+    queries: int | None
 
 
 class MergeHook:
@@ -279,20 +294,26 @@ class MergingLayer(Merging):
         index, row = self.tome_part.index, self.tome_part.architecture
         settings, sizes = tome.settings, tome.sizes.get(index - 1)
         r = clamp_r(settings.schedule[index], hidden_states.shape[1], settings.protected)
-        if sizes is None and r == 0:
+        last = index == len(settings.schedule) - 1
+        queries = settings.protected if last and settings.class_tokens_only else None
+        if queries is not None:
+            r = 0  # class tokens do not merge, and no others leave this layer
+        if sizes is None and r == 0 and queries is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
 
         normed = getattr(self, row.norm_before)(hidden_states)
-        call = AttentionCall(settings, sizes, r, tome.plans.get(index))
+        call = AttentionCall(settings, sizes, r, tome.plans.get(index), queries)
         branch, _, merge = getattr(self, row.attention)(normed, tome=call, **kwargs)
         if merge is not None:
             tome.plans[index], sizes = merge.plan, merge.sizes
             hidden_states = merge_tokens(hidden_states, merge)
+        elif queries is not None:
+            hidden_states = hidden_states[:, :queries]
         tome.sizes[index] = cast(torch.Tensor, sizes)
         hidden_states = _residual(self, row.scale_attention, row.drop, branch) + hidden_states
         branch = getattr(self, row.mlp)(getattr(self, row.norm_after)(hidden_states))
         hidden_states = _residual(self, row.scale_mlp, row.drop, branch) + hidden_states
-        if settings.restore and index == len(settings.schedule) - 1:
+        if settings.restore and last:
             positions = follow_tokens(tome.plans[i] for i in sorted(tome.plans))
             hidden_states = restore_tokens(hidden_states, cast(torch.Tensor, positions))
         return hidden_states
@@ -313,7 +334,8 @@ class MergingAttention(Merging):
             return super().forward(hidden_states, attention_mask, **kwargs)
         row, settings = self.tome_part, tome.settings
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = getattr(self, row.query)(hidden_states).view(shape).transpose(1, 2)
+        querying = hidden_states if tome.queries is None else hidden_states[:, : tome.queries]
+        query = getattr(self, row.query)(querying).view(*querying.shape[:-1], -1, self.head_dim).transpose(1, 2)
         key = getattr(self, row.key)(hidden_states).view(shape)
         value = getattr(self, row.value)(hidden_states).view(shape).transpose(1, 2)
         metric = key.detach()
@@ -330,7 +352,7 @@ class MergingAttention(Merging):
         )
         dropout = getattr(self, row.dropout) if self.training else 0.0
         output, weights = attention(self, query, key, value, bias, dropout=dropout, scaling=scaling, **kwargs)
-        output, merge = output[..., : self.head_dim].reshape(*hidden_states.shape[:-1], -1), None
+        output, merge = output[..., : self.head_dim].reshape(*querying.shape[:-1], -1), None
         if tome.r > 0:
             plan = tome.plan or match_tokens(metric.mean(dim=2), tome.r, settings.protected)
             merge = plan_merge(plan, tome.sizes)
