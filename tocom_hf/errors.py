@@ -22,6 +22,14 @@ class ArgumentError(TocomError, ValueError):
     """An argument of a job, such as a batch size, is out of range."""
 
 
+class BudgetError(TocomError, ValueError):
+    """A wanted cost (`target_speedup`, `target_latency_ms`, `target_gflops`) is malformed, or no degree meets it."""
+
+
+class CalibrationError(TocomError, ValueError):
+    """A calibration cannot be read, or was measured for a model of another shape."""
+
+
 class BackboneMismatchError(TocomError, ValueError):
     """A plugin set was trained for another backbone than the model's."""
 

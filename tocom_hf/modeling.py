@@ -15,8 +15,10 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .architectures import Backbone, find_backbone, supported_types, unsupported
+from .budget import Budget
+from .calibration import Calibration, choose_degree
 from .composition import Composite, require_scale
-from .errors import ComposedWeightsError, DegreeError, UnsupportedModelError
+from .errors import BudgetError, ComposedWeightsError, DegreeError, UnsupportedModelError
 from .files import PUSH_ARGUMENTS, upload_folder
 from .merging import require_degree
 from .patching import apply_tome
@@ -81,6 +83,10 @@ class TocomModel(PreTrainedModel):
         source_r: int | None = None,
         target_r: int | None = None,
         scale: float | None = None,
+        target_speedup: float | None = None,
+        target_latency_ms: float | None = None,
+        target_gflops: float | None = None,
+        calibration: Calibration | str | Path | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load a model, merge `target_r` tokens in every layer, and compensate for the change from `source_r`.
@@ -93,6 +99,12 @@ class TocomModel(PreTrainedModel):
                 checkpoints whose configuration records it; must agree with it where both are given.
             target_r: The degree to run at; by default the recorded one, else `source_r`.
             scale: The factor s in front of the plugins; by default what the plugin set recommends.
+            target_speedup, target_latency_ms, target_gflops: A wanted cost instead of `target_r`: at least so many
+                times the throughput of degree 0, at most so many milliseconds a batch, or at most so many GFLOPs an
+                image. The smallest degree that meets it is taken. Time is measured for single images on the device that
+                the model is loaded to, unless a calibration is given.
+            calibration: What `calibrate` measured, for other batch sizes, devices or machines; or a file that holds it,
+                which is written if it is missing.
             **kwargs: Passed to the model class's own `from_pretrained` (`dtype`, `revision`, `token`, ...).
 
         Returns:
@@ -103,7 +115,12 @@ class TocomModel(PreTrainedModel):
             DegreeError: if a degree is missing, contradicts the configuration or is outside the plugin set.
             BackboneMismatchError: if the plugin set belongs to another backbone.
             PluginFileError: if the plugin set cannot be read.
+            BudgetError: if a wanted cost is given twice, beside `target_r`, or cannot be reached.
+            CalibrationError: if the calibration cannot be read or belongs to another model.
         """
+        budget = Budget.of(target_speedup, target_latency_ms, target_gflops)
+        if budget is not None and target_r is not None:
+            raise BudgetError(f"Give target_r or {budget.name}, not both.")
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
         if isinstance(pretrained_model_name_or_path, PreTrainedModel):
             config = pretrained_model_name_or_path.config
@@ -131,6 +148,9 @@ class TocomModel(PreTrainedModel):
             model = pretrained_model_name_or_path
         else:
             model = model_class.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
+        if budget is not None:
+            degrees = [source_r] if plugins is None else range(plugins.config.min_r, plugins.config.max_r + 1)
+            target_r = choose_degree(model, budget, degrees, calibration)
         return _equip(model, TocomState(source_r, source_r, scale, plugins, {}), target_r)
 
     @property

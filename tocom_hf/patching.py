@@ -132,6 +132,27 @@ def get_schedule(model: PreTrainedModel) -> tuple[int, ...] | None:
     return None if hook is None else hook.settings.schedule
 
 
+@contextlib.contextmanager
+def merging_at(model: PreTrainedModel, r: Schedule) -> Iterator[PreTrainedModel]:
+    """Merge at another degree within a `with` block, with the weights as they are; afterwards the model is as before.
+
+    Args:
+        model: A model of a supported architecture, patched or not.
+        r: As in `apply_tome`.
+    """
+    hook = _find_hook(find_backbone(model).module)
+    before = None if hook is None else hook.settings
+    proportional_attention = before is None or before.proportional_attention
+    apply_tome(model, r, proportional_attention=proportional_attention)
+    try:
+        yield model
+    finally:
+        if hook is None:
+            remove_tome(model)
+        else:
+            hook.settings = cast(MergeSettings, before)
+
+
 @dataclass
 class TokenTrace:
     """Where the tokens of the last forward call went.

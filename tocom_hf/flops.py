@@ -1,0 +1,109 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Tokens and floating-point operations of a forward pass at a degree, counted while it runs on example inputs."""
+
+import contextlib
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from .architectures import find_backbone
+from .errors import ArgumentError
+from .merging import require_degree, tokens_per_layer
+from .patching import merging_at
+
+
+def count_flops(model: PreTrainedModel, r: int, image_size: int | tuple[int, int] | None = None) -> int:
+    """Floating-point operations for one image at a degree, as `torch.utils.flop_counter` counts them.
+
+    A multiply-add is two operations; papers that count multiply-adds report half. Attention is counted as the two
+    matrix products that it consists of, whichever kernel the model uses.
+
+    Args:
+        model: A supported model. It is left as it was.
+        r: The degree.
+        image_size: Height and width in pixels; by default those of the model's configuration.
+
+    Raises:
+        UnsupportedModelError: if the architecture is not supported.
+        DegreeError: if `r` is not a degree.
+        ArgumentError: if the image size is out of range.
+
+    Example:
+
+    ```python
+    >>> from tocom_hf import count_flops
+    >>> from transformers import AutoModel
+    >>> model = AutoModel.from_pretrained("examples/fashion_mnist/checkpoint", add_pooling_layer=False)
+    >>> count_flops(model, 0) / count_flops(model, 8) > 4
+    True
+
+    ```
+    """
+    return round(1e9 * count(model, require_degree(r, "r"), Example.of(model, image_size, batch_size=1))[1])
+
+
+class Example(NamedTuple):
+    """A batch to run, in order to see what a model costs.
+
+    Attributes:
+        module: The model; its vision backbone alone where the model wants text too.
+        name: Keyword of the batch.
+        batch: Random inputs, on the model's device and in its dtype.
+        more: Other keywords.
+    """
+
+    module: PreTrainedModel
+    name: str
+    batch: torch.Tensor
+    more: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, image_size: int | tuple[int, int] | None, batch_size: int) -> "Example":
+        backbone = find_backbone(model).module
+        config, name = backbone.config, backbone.main_input_name
+        module = model if model.main_input_name == name else backbone
+        generator, more = torch.Generator().manual_seed(0), {}
+        if name == "pixel_values":
+            trained = config.image_size
+            size = trained if image_size is None else image_size
+            height, width = (size, size) if isinstance(size, int) else size
+            if min(require_degree(height, "image_size"), require_degree(width, "image_size")) < 1:
+                raise ArgumentError(f"image_size must be positive, got {image_size!r}.")
+            # neighbouring patches resemble each other, as in photographs
+            coarse = torch.randn(batch_size, config.num_channels, 8, 8, generator=generator)
+            batch = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
+            other = [height, width] != ([trained, trained] if isinstance(trained, int) else list(trained))
+            if other and "interpolate_pos_encoding" in inspect.signature(module.forward).parameters:
+                more = {"interpolate_pos_encoding": True}
+        elif image_size is None:
+            batch = torch.randn(batch_size, config.max_length, config.num_mel_bins, generator=generator)
+        else:
+            raise ArgumentError(f"{type(model).__name__} takes {name}, not images: leave image_size out.")
+        return cls(module, name, batch.to(next(model.parameters()).device, model.dtype), more)
+
+    def run(self) -> None:
+        self.module(**{self.name: self.batch}, **self.more)
+
+
+@torch.no_grad()
+def count(model: PreTrainedModel, degree: int, example: Example) -> tuple[tuple[int, ...], float]:
+    """Run one input at a degree. Returns the tokens at the input and after each layer, and GFLOPs."""
+    backbone, entering = find_backbone(model), list[int]()
+    hook = backbone.layers[0].register_forward_pre_hook(lambda layer, args: entering.append(args[0].shape[1]))
+    implementation = model.config._attn_implementation
+    with contextlib.ExitStack() as stack:
+        stack.callback(hook.remove)
+        if implementation not in ("eager", "sdpa"):  # kernels from outside torch are not counted
+            stack.callback(model.set_attn_implementation, implementation)
+            model.set_attn_implementation("sdpa")
+        stack.enter_context(merging_at(model, degree))
+        # the counter does not know all fused kernels: let attention be computed by matrix products
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        counter = stack.enter_context(FlopCounterMode(display=False))
+        example._replace(batch=example.batch[:1]).run()
+    tokens = tokens_per_layer(degree, len(backbone.layers), entering[0], backbone.protected)
+    return (entering[0], *tokens), counter.get_total_flops() / 1e9
