@@ -146,6 +146,11 @@ def find_backbone(model: nn.Module) -> Backbone:
     Raises:
         UnsupportedModelError: if there is none, or if it is used in a way that merging breaks.
     """
+    if hasattr(model, "merge_and_unload"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is a model of PEFT whose adapters are not merged. Merge them into the weights "
+            "first, then merge tokens or compose: model = model.merge_and_unload()."
+        )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"Expected a transformers model (PreTrainedModel), got {type(model).__name__}. "

@@ -2,6 +2,7 @@
 """`TocomModel`: a transformers model that merges tokens at one degree with weights trained at another."""
 
 import contextlib
+import copy
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .architectures import Backbone, find_backbone, supported_types, unsupported
 from .budget import Budget
@@ -122,6 +124,8 @@ class TocomModel(PreTrainedModel):
         if budget is not None and target_r is not None:
             raise BudgetError(f"Give target_r or {budget.name}, not both.")
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+        if isinstance(pretrained_model_name_or_path, nn.Module):
+            find_backbone(pretrained_model_name_or_path)  # refuses wrapped models
         if isinstance(pretrained_model_name_or_path, PreTrainedModel):
             config = pretrained_model_name_or_path.config
             if kwargs:
@@ -359,7 +363,15 @@ def _load_config(checkpoint: str | Path, kwargs: dict[str, Any]) -> tuple[PreTra
     if isinstance(config, PreTrainedConfig):
         return config, kwargs
     hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
-    config, rest = AutoConfig.from_pretrained(config or checkpoint, return_unused_kwargs=True, **hub, **kwargs)
+    try:
+        config, rest = AutoConfig.from_pretrained(config or checkpoint, return_unused_kwargs=True, **hub, **kwargs)
+    except (OSError, ValueError) as error:
+        if config is None and find_adapter_config_file(str(checkpoint), **hub):
+            raise UnsupportedModelError(
+                f"{checkpoint} holds an adapter, not a model. Merge it into its base model first, then compose: "
+                "TocomModel.from_pretrained(PeftModel.from_pretrained(base, adapter).merge_and_unload(), ...)."
+            ) from error
+        raise
     return config, {**hub, **rest}
 
 
@@ -406,11 +418,22 @@ def _equip(model: PreTrainedModel, state: TocomState, target_r: int) -> PreTrain
         model.set_target_r(model.source_r)
     else:
         apply_tome(model, state.source_r)
+        _own_config(model)
         model.__class__ = _tocom_class(type(model))
     equipped = cast(TocomModel, model)
     equipped._tocom = state
     equipped.set_target_r(target_r)
     return equipped
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give a model a copy of its configuration, which it may share with other models, before degrees go into it."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        own = copies.get(id(module.__dict__.get("config")))
+        if own is not None:
+            module.config = own
 
 
 _CLASSES: dict[type[PreTrainedModel], type[TocomModel]] = {}
