@@ -1,5 +1,11 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""Alter the inference cost of a Vision Transformer without re-tuning it (Token Compensator, arXiv 2408.06798)."""
+"""Alter the inference cost of a Vision Transformer without re-tuning it (Token Compensator, arXiv 2408.06798).
+
+`__all__` is the public surface. What is not in it may change between minor versions.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from .calibration import Calibration, DegreeCost, calibrate
 from .errors import (
@@ -7,9 +13,12 @@ from .errors import (
     BackboneMismatchError,
     BudgetError,
     CalibrationError,
+    CheckpointError,
     ComposedWeightsError,
     DatasetError,
     DegreeError,
+    DistillationError,
+    DistillationInterrupted,
     PluginFileError,
     TocomError,
     UnsupportedInputError,
@@ -22,16 +31,41 @@ from .plugins import PluginSet, save_composite
 from .version import __version__
 
 
+if TYPE_CHECKING:
+    from .arguments import DistillationArguments
+    from .data import load_images, with_pixel_values
+    from .distillation import distill
+    from .evaluation import DegreeResult, evaluate_degrees
+    from .visualization import paint_groups, tile
+
+
+# what needs accelerate, datasets or Pillow is imported when it is first asked for; by name, the module that has it
+_LAZY = {
+    "DegreeResult": "evaluation",
+    "DistillationArguments": "arguments",
+    "distill": "distillation",
+    "evaluate_degrees": "evaluation",
+    "load_images": "data",
+    "paint_groups": "visualization",
+    "tile": "visualization",
+    "with_pixel_values": "data",
+}
+
 __all__ = [
     "ArgumentError",
     "BackboneMismatchError",
     "BudgetError",
     "Calibration",
     "CalibrationError",
+    "CheckpointError",
     "ComposedWeightsError",
     "DatasetError",
     "DegreeCost",
     "DegreeError",
+    "DegreeResult",
+    "DistillationArguments",
+    "DistillationError",
+    "DistillationInterrupted",
     "PluginFileError",
     "PluginSet",
     "TocomError",
@@ -42,7 +76,25 @@ __all__ = [
     "apply_tome",
     "calibrate",
     "count_flops",
+    "distill",
+    "evaluate_degrees",
+    "load_images",
+    "paint_groups",
     "remove_tome",
     "save_composite",
+    "tile",
     "trace_tokens",
+    "with_pixel_values",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,7 +20,17 @@ def _argument(default: Any, text: str) -> Any:
 @dataclass
 class DistillationArguments:
     """How a plugin set is distilled. Numbers that the paper gives (section 4.1) are the defaults; its augmentation is
-    what `PRESETS["paper"]` adds."""
+    what `PRESETS["paper"]` adds.
+
+    Example:
+
+    ```python
+    >>> from tocom_hf import DistillationArguments
+    >>> DistillationArguments(max_r=8, rank=4).scale
+    0.1
+
+    ```
+    """
 
     output_dir: str | None = _argument(None, "Folder for checkpoints and the plugin set. Without it none are written.")
 

@@ -44,6 +44,16 @@ def load_images(
 
     Raises:
         DatasetError: if it cannot be loaded, is empty, or lacks a column.
+
+    Example:
+
+    ```python
+    >>> from tocom_hf import load_images
+    >>> images = load_images("examples/fashion_mnist/test.parquet", split="test", label_column="label", max_samples=3)
+    >>> images["label"][:]
+    [9, 2, 1]
+
+    ```
     """
     try:
         if Path(name).is_file():
@@ -87,7 +97,20 @@ def with_pixel_values(
     image_column: str = "image",
     label_column: str | None = None,
 ) -> datasets.Dataset:
-    """Process images when they are read: samples become `pixel_values` `(channels, height, width)` and `labels`."""
+    """Process images when they are read: samples become `pixel_values` `(channels, height, width)` and `labels`.
+
+    Example:
+
+    ```python
+    >>> from tocom_hf import load_images, with_pixel_values
+    >>> from transformers import AutoImageProcessor
+    >>> images = load_images("examples/fashion_mnist/test.parquet", split="test", max_samples=3)
+    >>> processor = AutoImageProcessor.from_pretrained("examples/fashion_mnist/checkpoint")
+    >>> with_pixel_values(images, processor)[0]["pixel_values"].shape
+    torch.Size([3, 28, 28])
+
+    ```
+    """
 
     return dataset.with_transform(_Process(processor, image_column, label_column))
 

@@ -73,6 +73,20 @@ def distill(
         CheckpointError: if the run cannot go on from its checkpoints.
         DistillationError: if the loss stays infinite or NaN.
         DistillationInterrupted: if the run was told to stop; it has written a checkpoint if there is an `output_dir`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from tocom_hf import DistillationArguments, distill
+    >>> from transformers import ViTConfig, ViTForImageClassification
+    >>> config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64)
+    >>> images = [{"pixel_values": torch.rand(3, 64, 64)} for _ in range(4)]
+    >>> args = DistillationArguments(max_r=3, num_train_epochs=1, per_device_train_batch_size=4)
+    >>> distill(ViTForImageClassification(config), images, args, base_model="user/vit")
+    PluginSet(base_model='user/vit', r=0..3, rank=2, scale=0.1)
+
+    ```
     """
     accelerator = accelerator or Accelerator()
     _check_accelerator(accelerator)

@@ -3,7 +3,20 @@
 
 
 class TocomError(Exception):
-    """Base class of every error that tocom_hf raises on purpose."""
+    """Base class of every error that tocom_hf raises on purpose.
+
+    Example:
+
+    ```python
+    >>> from tocom_hf import PluginSet, TocomError
+    >>> try:
+    ...     PluginSet.from_pretrained("hub_cards/tocom-vit-fashion-mnist").compose(0, 9)
+    ... except TocomError as error:
+    ...     print(type(error).__name__, error)
+    DegreeError target_r=9 is outside the plugin set, which covers r = 0..8. ...
+
+    ```
+    """
 
 
 class UnsupportedModelError(TocomError, ValueError):

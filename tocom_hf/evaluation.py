@@ -28,6 +28,16 @@ class DegreeResult:
         accuracy_tocom: The same with the plugins composed in.
         images_per_second: Forward passes only, the median over interleaved rounds.
         speedup: Over degree 0, the median over rounds.
+
+    Example:
+
+    ```python
+    >>> from tocom_hf import DegreeResult
+    >>> result = DegreeResult(8, 2, accuracy_plain=0.88, accuracy_tocom=0.9, images_per_second=3110.0, speedup=2.6)
+    >>> f"{result.accuracy_tocom - result.accuracy_plain:.1%}"
+    '2.0%'
+
+    ```
     """
 
     target_r: int
@@ -118,6 +128,20 @@ def evaluate_degrees(
     Raises:
         DatasetError: if the data set is empty.
         DegreeError: if a degree is outside the plugin set.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from tocom_hf import TocomModel, evaluate_degrees
+    >>> model = TocomModel.from_pretrained(
+    ...     "examples/fashion_mnist/checkpoint", plugins="hub_cards/tocom-vit-fashion-mnist"
+    ... )
+    >>> images = [{"pixel_values": torch.zeros(3, 28, 28), "labels": 8} for _ in range(4)]
+    >>> [result.tokens for result in evaluate_degrees(model, images, [0, 4])]
+    [50, 4]
+
+    ```
     """
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise DatasetError("There are no images to evaluate on.")

@@ -61,11 +61,18 @@ class TocomModel(PreTrainedModel):
     Example:
 
     ```python
-    model = TocomModel.from_pretrained(
-        "user/deit-base-cub200", plugins="org/tocom-deit-base", source_r=0, target_r=16
-    )
-    logits = model(pixel_values=pixel_values).logits
-    model.set_target_r(8)
+    >>> import torch
+    >>> from tocom_hf import TocomModel
+    >>> model = TocomModel.from_pretrained(
+    ...     "examples/fashion_mnist/checkpoint", plugins="hub_cards/tocom-vit-fashion-mnist", target_r=8
+    ... )
+    >>> model(pixel_values=torch.zeros(1, 3, 28, 28)).logits.shape
+    torch.Size([1, 10])
+    >>> model.set_target_r(4)
+    >>> with model.at(target_r=0):
+    ...     model.target_r
+    0
+
     ```
     """
 

@@ -69,6 +69,18 @@ def apply_tome(
         UnsupportedModelError: if the architecture is not supported.
         DegreeError: if `r` is not a degree.
         ArgumentError: if `class_tokens_only` contradicts `restore`, or the family has no class token.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import ViTConfig, ViTModel
+    >>> from tocom_hf import apply_tome
+    >>> model = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64))
+    >>> apply_tome(model, r=3)(torch.rand(1, 3, 64, 64)).last_hidden_state.shape  # 17 tokens without merging
+    torch.Size([1, 11, 32])
+
+    ```
     """
     backbone = find_backbone(model)
     schedule = resolve_schedule(r, len(backbone.layers))
@@ -111,6 +123,18 @@ def remove_tome(model: PreTrainedModel) -> PreTrainedModel:
 
     Returns:
         The same model.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import ViTConfig, ViTModel
+    >>> from tocom_hf import apply_tome, remove_tome
+    >>> model = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64))
+    >>> remove_tome(apply_tome(model, r=3))(torch.rand(1, 3, 64, 64)).last_hidden_state.shape
+    torch.Size([1, 17, 32])
+
+    ```
     """
     backbone = find_backbone(model)
     hooks = backbone.module._forward_pre_hooks
@@ -174,9 +198,17 @@ def trace_tokens(model: PreTrainedModel) -> Iterator[TokenTrace]:
     Example:
 
     ```python
-    with trace_tokens(model) as trace:
-        model(pixel_values)
-    trace.positions[-1]  # after the last layer, (batch, tokens)
+    >>> import torch
+    >>> from transformers import ViTConfig, ViTModel
+    >>> from tocom_hf import apply_tome, trace_tokens
+    >>> model = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64))
+    >>> with trace_tokens(apply_tome(model, r=3)) as trace:
+    ...     output = model(torch.rand(1, 3, 64, 64))
+    >>> trace.positions[-1].shape  # where each of the 17 input tokens is after the last layer
+    torch.Size([1, 17])
+    >>> trace.positions[-1].unique().numel()
+    11
+
     ```
 
     Args:

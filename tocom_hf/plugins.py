@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -43,8 +42,13 @@ class PluginSet:
     Example:
 
     ```python
-    plugins = PluginSet.from_pretrained("org/tocom-deit-base")
-    plugins.compose(4, 16).factors  # P_4_5 .. P_15_16 as one LoRA
+    >>> from tocom_hf import PluginSet
+    >>> plugins = PluginSet.from_pretrained("hub_cards/tocom-vit-fashion-mnist")
+    >>> plugins.config.max_r, plugins.config.rank
+    (8, 2)
+    >>> plugins.compose(2, 8).rank  # P_2_3 .. P_7_8 as one LoRA
+    12
+
     ```
     """
 
@@ -194,6 +198,20 @@ def save_composite(composite: Composite, save_directory: str | Path, *, base_mod
 
     Raises:
         DegreeError: if the degrees are equal, so that there is nothing to save.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from tocom_hf import PluginSet, save_composite
+    >>> plugins = PluginSet.from_pretrained("hub_cards/tocom-vit-fashion-mnist")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_composite(plugins.compose(2, 8), folder)
+    ...     sorted(path.name for path in Path(folder).iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
+
+    ```
     """
     if not composite.factors:
         raise DegreeError(
@@ -208,6 +226,8 @@ def _key(layer: str, factor: str) -> str:
 
 
 def _write_adapter(folder: Path, adapter: Adapter, scale: float, base_model: str | None) -> None:
+    from peft import LoraConfig  # takes a quarter of a second to import, and reading does not need it
+
     rank = next(iter(adapter.values())).lora_A.shape[0]
     lora = LoraConfig(
         r=rank,

@@ -32,6 +32,17 @@ def paint_groups(
 
     Raises:
         UnsupportedInputError: if `positions` is not one index for every patch of the grid.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from PIL import Image
+    >>> from tocom_hf import paint_groups
+    >>> paint_groups(Image.new("RGB", (28, 28), "red"), torch.tensor([0, 0, 1, 2]), grid=(2, 2), size=56).size
+    (56, 56)
+
+    ```
     """
     rows, columns = grid
     if positions.shape != (rows * columns,):
@@ -60,6 +71,16 @@ def tile(pictures: list[list[Image.Image]], *, gap: int = 4) -> Image.Image:
     Args:
         pictures: Rows of pictures.
         gap: Pixels between them.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from tocom_hf import tile
+    >>> tile([[Image.new("RGB", (20, 10), colour) for colour in ("red", "green")]], gap=4).size
+    (44, 10)
+
+    ```
     """
     width, height = pictures[0][0].size
     columns = max(len(row) for row in pictures)
