@@ -94,7 +94,8 @@ def build(demo: Demo) -> gr.Blocks:
     with gr.Blocks(title="Token Compensator") as page:
         gr.Markdown(
             "# Change the cost of a Vision Transformer without re-training\n"
-            "Token merging joins `r` pairs of similar tokens in every layer. ToCom plugins compensate for what that changes. "
+            "Token merging joins `r` pairs of similar tokens in every layer. "
+            "ToCom plugins compensate for what that changes. "
             f"The weights were trained at r = {demo.model.source_r}."
         )
         with gr.Row():
