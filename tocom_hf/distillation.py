@@ -20,15 +20,15 @@ from transformers import PreTrainedModel
 from .agreement import format_grid
 from .architectures import Backbone, find_backbone
 from .arguments import PRESETS, DistillationArguments
-from .checkpoints import find_checkpoint
 from .config import BackboneFacts, PluginSetConfig
 from .errors import ArgumentError, DatasetError, UnsupportedModelError
-from .loading import is_stream
 from .objectives import Objective, find_objective
 from .patching import apply_tome, get_schedule, remove_tome
 from .plugin_chain import PluginChain
 from .plugins import PluginSet
 from .training import Training
+from .training_data import is_stream
+from .training_state import find_checkpoint
 
 
 __all__ = ["PRESETS", "DistillationArguments", "SelfDistiller", "distill"]

@@ -25,10 +25,10 @@ from transformers.utils import logging
 
 from .agreement import agreement_grid, agreement_sums
 from .arguments import DistillationArguments
-from .checkpoints import Checkpoint
 from .errors import CheckpointError, DistillationError, DistillationInterrupted
-from .loading import StreamState, TrainingLoader, is_stream
 from .sampling import find_sampler
+from .training_data import StreamState, TrainingLoader, is_stream
+from .training_state import Checkpoint
 
 
 logger = logging.get_logger(__name__)
