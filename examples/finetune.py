@@ -9,6 +9,7 @@ The checkpoint records its `source_r`, so that `TocomModel.from_pretrained` can 
 
 from dataclasses import dataclass, field
 
+import datasets
 import numpy as np
 import torch
 from transformers import (
@@ -22,13 +23,16 @@ from transformers import (
 )
 
 from tocom_hf import TocomModel
-from tocom_hf.data import load_images, with_pixel_values
+from tocom_hf.data import with_pixel_values
+from tocom_hf.tasks import load_labelled
 
 
 @dataclass
 class ScriptArguments:
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of the pre-trained model."})
-    dataset_name: str = field(metadata={"help": "Hub name, folder of images or of parquet files, or a parquet file."})
+    dataset_name: str = field(
+        metadata={"help": "Name in tocom_hf.tasks.TASKS, Hub name, folder of images or parquet, or a parquet file."}
+    )
     source_r: int = field(default=0, metadata={"help": "Tokens merged in every layer during training."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
@@ -37,11 +41,11 @@ class ScriptArguments:
     label_column: str = field(default="label", metadata={"help": "Column of the integer labels."})
 
 
-def load_split(script: ScriptArguments, split: str):
-    return load_images(
+def load_split(script: ScriptArguments, split: str) -> tuple[datasets.Dataset, int]:
+    return load_labelled(
         script.dataset_name,
+        split,
         config_name=script.dataset_config_name,
-        split=split,
         image_column=script.image_column,
         label_column=script.label_column,
     )
@@ -63,12 +67,12 @@ def main() -> None:
     training.remove_unused_columns = False  # the image column is turned into pixel_values when it is read
     set_seed(training.seed)
 
-    train, labels = load_split(script, script.train_split), {}
-    feature = train.features[script.label_column]
+    train, num_labels = load_split(script, script.train_split)
+    feature = train.features["label"]
     if hasattr(feature, "names"):
         labels = {"id2label": dict(enumerate(feature.names)), "label2id": {n: i for i, n in enumerate(feature.names)}}
     else:
-        labels = {"num_labels": max(train[script.label_column]) + 1}
+        labels = {"num_labels": num_labels}
 
     # Trainer does not convert the key names that transformers writes, so the weights to resume from are loaded here
     start = training.resume_from_checkpoint or script.model_name_or_path
@@ -80,14 +84,13 @@ def main() -> None:
     model = TocomModel.from_pretrained(model, source_r=script.source_r)
     processor = AutoImageProcessor.from_pretrained(script.model_name_or_path)
 
-    columns = {"image_column": script.image_column, "label_column": script.label_column}
-    evaluation = load_split(script, script.eval_split) if script.eval_split else None
+    evaluation = load_split(script, script.eval_split)[0] if script.eval_split else None
     trainer = Trainer(
         model=model,
         args=training,
         data_collator=collate,
-        train_dataset=with_pixel_values(train, processor, **columns),
-        eval_dataset=evaluation and with_pixel_values(evaluation, processor, **columns),
+        train_dataset=with_pixel_values(train, processor, label_column="label"),
+        eval_dataset=evaluation and with_pixel_values(evaluation, processor, label_column="label"),
         processing_class=processor,
         compute_metrics=compute_accuracy,
     )

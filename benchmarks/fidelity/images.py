@@ -1,0 +1,318 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""The images of the study, made from what Debian packages bring: drawings, Fashion-MNIST and fonts.
+
+    apt-get install tuxpaint-stamps-default openclipart-png dataset-fashion-mnist \
+        fonts-dejavu-extra fonts-freefont-ttf fonts-urw-base35
+
+Two things are made, both functions of a seed alone: unlabelled images to distil on (`distillation_images`), and
+labelled tasks that share no picture with them (`TASKS`).
+"""
+
+import gzip
+import hashlib
+import io
+import math
+import random
+import struct
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+STAMPS = Path("/usr/share/tuxpaint/stamps")
+CLIPART = Path("/usr/share/openclipart/png")
+FASHION = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
+FONTS = Path("/usr/share/fonts")
+# top folders of openclipart that become the classes of the natural task; distillation never reads them
+NATURAL = ("animals", "food", "geography", "office", "people", "plants", "recreation", "tools", "transportation")
+FONT_PATTERNS = ("truetype/dejavu/*.ttf", "truetype/freefont/*.ttf", "opentype/urw-base35/*.otf")
+NOT_LATIN = ("D050000L", "StandardSymbols", "Dingbats")
+SHAPES = ("circle", "square", "triangle", "bar", "ring")
+MAX_AREA = 8_000_000  # pixels; a few posters take longer to decode than all the rest
+CANVAS = 192  # drawings are laid on a canvas of this size before they are cropped
+
+
+def distillation_images(count: int, size: int, seed: int) -> datasets.Dataset:
+    """Random resized crops of drawings on random backgrounds, and of coloured Fashion-MNIST images (one in ten).
+
+    Args:
+        count: Images to make.
+        size: Their height and width in pixels.
+        seed: Decides everything.
+    """
+    held_out = {_digest(path) for paths in natural_files().values() for path in paths}
+    folders = [STAMPS, *sorted(path for path in CLIPART.iterdir() if path.is_dir() and path.name not in NATURAL)]
+    files = list({_digest(path): path for folder in folders for path in _pictures(folder)}.items())
+    files = [path for digest, path in files if digest not in held_out]
+    fashion = _fashion()
+    generator = random.Random(seed)
+
+    def samples() -> Iterator[bytes]:
+        # every picture is opened once, and cropped as often as the count asks for, beside some that came before it
+        drawings, recent = count - count // 10, deque(maxlen=200)
+        generator.shuffle(files)
+        for index, path in enumerate(files):
+            recent.append(_open(path))
+            for _ in range(drawings * (index + 1) // len(files) - drawings * index // len(files)):
+                canvas = _background(CANVAS, generator)
+                for other in generator.choices(recent, k=generator.randrange(3)):
+                    _paste(canvas, other, generator, smallest=0.2)
+                _paste(canvas, recent[-1], generator, smallest=0.4)
+                yield _jpeg(_random_crop(canvas, size, generator))
+        for _ in range(count // 10):
+            grey = Image.fromarray(fashion[generator.randrange(len(fashion))]).resize((CANVAS, CANVAS), Image.BICUBIC)
+            canvas = _background(CANVAS, generator)
+            canvas.paste(_colour(generator), (0, 0), grey)
+            yield _jpeg(_random_crop(canvas, size, generator))
+
+    images = list(samples())
+    generator.shuffle(images)
+    return _dataset(images)
+
+
+def natural_files() -> dict[str, list[Path]]:
+    """The pictures of the natural task by class, each content once."""
+    seen: set[str] = set()
+    files: dict[str, list[Path]] = {}
+    for name in NATURAL:
+        files[name] = []
+        for path in _pictures(CLIPART / name):
+            digest = _digest(path)
+            if digest not in seen:
+                seen.add(digest)
+                files[name].append(path)
+    return files
+
+
+def natural(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[int], list[str]]:
+    """Clip art of nine kinds of things, on coloured noise. Every picture is used at most once."""
+    generator = random.Random(seed)
+    labelled = [(path, label) for label, paths in enumerate(natural_files().values()) for path in paths]
+    generator.shuffle(labelled)
+    if len(labelled) < count:
+        raise ValueError(f"There are {len(labelled)} pictures of {', '.join(NATURAL)}, but {count} are asked for.")
+    images = []
+    for path, _ in labelled[:count]:
+        canvas = _background(size, generator)
+        _paste(canvas, _open(path), generator, smallest=0.6)
+        images.append(canvas)
+    return images, [label for _, label in labelled[:count]], list(NATURAL)
+
+
+def digits(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[int], list[str]]:
+    """The middle one of three digits in a random font, tilted and sheared, on coloured noise."""
+    generator = random.Random(seed)
+    fonts = sorted(path for pattern in FONT_PATTERNS for path in FONTS.glob(pattern))
+    fonts = [path for path in fonts if not path.stem.startswith(NOT_LATIN)]
+    images, labels = [], []
+    for _ in range(count):
+        text = [generator.randrange(10) for _ in range(3)]
+        font = ImageFont.truetype(fonts[generator.randrange(len(fonts))], round(size * generator.uniform(0.22, 0.34)))
+        mask = Image.new("L", (size, size))
+        ImageDraw.Draw(mask).text((size / 2, size / 2), "".join(map(str, text)), fill=255, font=font, anchor="mm")
+        mask = mask.transform(mask.size, Image.AFFINE, _affine(size, generator), Image.BICUBIC)
+        canvas = _background(size, generator)
+        canvas.paste(_contrasting(canvas, generator), (0, 0), mask)
+        images.append(canvas)
+        labels.append(text[1])
+    return images, labels, [str(digit) for digit in range(10)]
+
+
+def count(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[int], list[str]]:
+    """How many objects there are, one to eight: shapes of one colour and of several sizes that do not overlap."""
+    generator = random.Random(seed)
+    images, labels = [], []
+    for _ in range(count):
+        number = generator.randint(1, 8)
+        canvas = _background(size, generator)
+        colour, draw, placed = _contrasting(canvas, generator), ImageDraw.Draw(canvas), []
+        while len(placed) < number:
+            radius = size * generator.uniform(0.045, 0.09)
+            x, y = (generator.uniform(radius + 1, size - radius - 1) for _ in range(2))
+            if all(math.hypot(x - u, y - v) > radius + other + 2 for u, v, other in placed):
+                placed.append((x, y, radius))
+                _draw_shape(draw, generator.choice(SHAPES), (x, y, radius), generator.uniform(0, math.pi), colour)
+        images.append(canvas)
+        labels.append(number - 1)
+    return images, labels, [str(number) for number in range(1, 9)]
+
+
+def position(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[int], list[str]]:
+    """Where the ring is, in a grid of four by four, among five to nine other shapes of its colour."""
+    generator = random.Random(seed)
+    images, labels, cell = [], [], size / 4
+    for _ in range(count):
+        canvas = _background(size, generator)
+        colour, draw, placed = _contrasting(canvas, generator), ImageDraw.Draw(canvas), []
+        wanted = generator.randint(5, 9) + 1
+        while len(placed) < wanted:
+            radius = size * generator.uniform(0.045, 0.075)
+            x, y = (generator.uniform(radius + 1, size - radius - 1) for _ in range(2))
+            if all(math.hypot(x - u, y - v) > radius + other + 2 for u, v, other in placed):
+                kind = generator.choice(SHAPES[:-1]) if placed else SHAPES[-1]
+                placed.append((x, y, radius))
+                _draw_shape(draw, kind, (x, y, radius), generator.uniform(0, math.pi), colour)
+        x, y, _ = placed[0]
+        images.append(canvas)
+        labels.append(int(y // cell) * 4 + int(x // cell))
+    return images, labels, [f"row {row} column {column}" for row in range(4) for column in range(4)]
+
+
+TASKS: dict[str, Callable[[int, int, int], tuple[list[Image.Image], list[int], list[str]]]] = {
+    "natural": natural,
+    "digits": digits,
+    "count": count,
+    "position": position,
+}
+
+
+def write_task(name: str, folder: Path, sizes: dict[str, int], size: int, seed: int) -> None:
+    """Write one task as `train.parquet`, `validation.parquet` and `test.parquet`.
+
+    Args:
+        name: One of `TASKS`.
+        folder: Where the files go; made if missing.
+        sizes: Images of each split, which are cut from one sequence.
+        size: Height and width in pixels.
+        seed: Decides the images.
+    """
+    images, labels, names = TASKS[name](sum(sizes.values()), size, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    start = 0
+    for split, length in sizes.items():
+        part = slice(start, start + length)
+        dataset = _dataset([_png(image) for image in images[part]], labels[part], names)
+        dataset.to_parquet(folder / f"{split}.parquet")
+        start += length
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Pictures below a folder without links, without second copies and without posters, in a fixed order."""
+    found = sorted(path for path in folder.rglob("*.png") if not path.is_symlink() and _area(path) <= MAX_AREA)
+    return list({_digest(path): path for path in reversed(found)}.values())[::-1]
+
+
+def _area(path: Path) -> int:
+    """Pixels of a PNG file, from its header."""
+    width, height = struct.unpack(">II", path.read_bytes()[16:24])
+    return width * height
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+def _fashion() -> np.ndarray:
+    return np.frombuffer(gzip.decompress(FASHION.read_bytes()), np.uint8, offset=16).reshape(-1, 28, 28)
+
+
+def _open(path: Path) -> Image.Image:
+    """A drawing with its transparency, cut to what is drawn and shrunk to the canvas."""
+    picture = Image.open(path).convert("RGBA")
+    picture.thumbnail((CANVAS, CANVAS))
+    return picture.crop(picture.getchannel("A").getbbox() or (0, 0, *picture.size))
+
+
+def _paste(canvas: Image.Image, picture: Image.Image, generator: random.Random, smallest: float) -> None:
+    """Lay a drawing on a canvas, at a random place and a random size of at least `smallest` of what fits."""
+    room = canvas.width * generator.uniform(smallest, 1) / max(picture.size)
+    width, height = (max(1, round(side * room)) for side in picture.size)
+    x, y = generator.randint(0, canvas.width - width), generator.randint(0, canvas.height - height)
+    picture = picture.resize((width, height), Image.BICUBIC)
+    canvas.paste(picture, (x, y), picture)
+
+
+def _background(size: int, generator: random.Random) -> Image.Image:
+    """A plain colour (one in four), or noise of a random coarseness between two colours with fine noise on top."""
+    first, second = _colour(generator), _colour(generator)
+    if generator.random() < 0.25:
+        return Image.new("RGB", (size, size), first)
+    values = np.random.default_rng(generator.getrandbits(32))
+    cells = generator.choice((2, 4, 8, 16))
+    coarse = Image.fromarray(values.integers(0, 256, (cells, cells), dtype=np.uint8)).resize(
+        (size, size), Image.BICUBIC
+    )
+    blend = Image.composite(Image.new("RGB", (size, size), first), Image.new("RGB", (size, size), second), coarse)
+    strength = generator.randint(3, 24)
+    fine = values.integers(-strength, strength + 1, (size, size, 3), dtype=np.int16)
+    return Image.fromarray(np.clip(np.asarray(blend) + fine, 0, 255).astype(np.uint8))
+
+
+def _colour(generator: random.Random) -> tuple[int, int, int]:
+    return generator.randrange(256), generator.randrange(256), generator.randrange(256)
+
+
+def _contrasting(canvas: Image.Image, generator: random.Random) -> tuple[int, int, int]:
+    """A random colour that every pixel of a blurred canvas differs from."""
+    around = np.asarray(canvas.resize((12, 12), Image.BOX)).reshape(-1, 3).astype(float)
+    best, distance = (0, 0, 0), -1.0
+    for _ in range(12):
+        colour = _colour(generator)
+        nearest = float(np.linalg.norm(around - np.array(colour), axis=1).min())
+        if nearest > distance:
+            best, distance = colour, nearest
+    return best
+
+
+def _affine(size: int, generator: random.Random) -> tuple[float, ...]:
+    """A rotation by up to 20 degrees, a shear and a shift, about the centre."""
+    angle, shear = generator.uniform(-0.35, 0.35), generator.uniform(-0.25, 0.25)
+    a, b = math.cos(angle), math.sin(angle) + shear
+    d, e = -math.sin(angle), math.cos(angle)
+    middle = size / 2
+    x, y = (middle + generator.uniform(-0.12, 0.12) * size for _ in range(2))
+    return a, b, middle - a * x - b * y, d, e, middle - d * x - e * y
+
+
+def _draw_shape(draw: ImageDraw.ImageDraw, kind: str, place: tuple, angle: float, colour: tuple) -> None:
+    x, y, radius = place
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if kind == "circle":
+        draw.ellipse(box, fill=colour)
+    elif kind == "ring":
+        draw.ellipse(box, outline=colour, width=max(2, round(radius * 0.4)))
+    else:
+        turns, stretch = {"square": (4, 1.0), "triangle": (3, 1.0), "bar": (4, 0.35)}[kind]
+        corners = []
+        for index in range(turns):
+            turn = math.pi / turns + 2 * math.pi * index / turns
+            u, v = radius * math.cos(turn), radius * math.sin(turn) * stretch
+            corners.append(
+                (x + u * math.cos(angle) - v * math.sin(angle), y + u * math.sin(angle) + v * math.cos(angle))
+            )
+        draw.polygon(corners, fill=colour)
+
+
+def _random_crop(image: Image.Image, size: int, generator: random.Random) -> Image.Image:
+    """A crop of 8 % to all of the area, of an aspect ratio of 3:4 to 4:3, flipped half of the time."""
+    area = generator.uniform(0.08, 1.0) * image.width * image.height
+    ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
+    width = min(image.width, round(math.sqrt(area * ratio)))
+    height = min(image.height, round(math.sqrt(area / ratio)))
+    x, y = generator.randint(0, image.width - width), generator.randint(0, image.height - height)
+    crop = image.resize((size, size), Image.BICUBIC, box=(x, y, x + width, y + height))
+    return crop.transpose(Image.FLIP_LEFT_RIGHT) if generator.random() < 0.5 else crop
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _dataset(images: list[bytes], labels: list[int] | None = None, names: list[str] | None = None) -> datasets.Dataset:
+    columns: dict[str, list] = {"image": [{"bytes": image, "path": None} for image in images]}
+    features: dict = {"image": datasets.Image()}
+    if labels is not None:
+        columns["label"], features["label"] = labels, datasets.ClassLabel(names=names)
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

@@ -1,0 +1,220 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Run the study of a configuration, stage by stage. Every stage skips what is already there.
+
+    python benchmarks/fidelity/run.py --config benchmarks/fidelity/study_b.json --output_dir runs/study-b
+    python benchmarks/fidelity/run.py --config ... --output_dir ... --stages finetune evaluate --tasks count --seeds 1
+
+Stages: `data` makes the images, `base` stores the backbone with an image processor of the study's size, `distil` makes
+the plugin set, `finetune` the checkpoints, `evaluate` the grid of each task and seed, `tabulate` the tables and plots.
+The work is done by the scripts in `examples/`, whose commands are printed.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from images import distillation_images, write_task
+from transformers import AutoImageProcessor, AutoModel
+
+from tocom_hf import PluginSet
+from tocom_hf.config import CONFIG_NAME
+from tocom_hf.grid import Cell
+from tocom_hf.reports import Report, gap_closed
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+STAGES = ("data", "base", "distil", "finetune", "evaluate", "tabulate")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--model", help="Hub id or folder of the backbone; default: the configuration's.")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--tasks", nargs="+", help="Only these tasks.")
+    parser.add_argument("--seeds", type=int, nargs="+", help="Only these seeds.")
+    parser.add_argument("--source_r", type=int, nargs="+", help="Fine-tune only at these degrees.")
+    parser.add_argument("--results_dir", type=Path, help="Where tables and plots go; default: OUTPUT_DIR/results.")
+    return parser.parse_args()
+
+
+def make_data(config: dict, folder: Path, tasks: list[str]) -> None:
+    size, seed = config["image_size"], config["data_seed"]
+    for offset, name in enumerate(config["tasks"]):
+        if name in tasks and not (folder / name / "test.parquet").exists():
+            write_task(name, folder / name, config["tasks"][name], size, 1000 * seed + offset)
+            print(f"images of the task {name} written to {folder / name}", flush=True)
+    distil = folder / "distil.parquet"
+    if not distil.exists():
+        images = distillation_images(config["distillation_images"], size, 1000 * seed + 999)
+        images.to_parquet(distil.with_suffix(".part"))
+        distil.with_suffix(".part").rename(distil)
+        print(f"{len(images)} images to distil on written to {distil}", flush=True)
+
+
+def make_base(config: dict, model: str, folder: Path) -> None:
+    """The backbone as it is, with an image processor that takes images of the study's size as they are."""
+    if (folder / "preprocessor_config.json").exists():
+        return
+    AutoModel.from_pretrained(model, dtype=torch.float32).save_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(model)
+    processor.size = {"height": config["image_size"], "width": config["image_size"]}
+    processor.do_resize = processor.do_center_crop = False
+    processor.save_pretrained(folder)
+
+
+def distil(config: dict, model: str, root: Path) -> None:
+    folder = root / "plugins"
+    if (folder / CONFIG_NAME).exists():
+        return
+    run(
+        "distill.py",
+        model_name_or_path=root / "base",
+        dataset_name=root / "data" / "distil.parquet",
+        output_dir=folder,
+        mixed_precision=config["precision"],
+        **config["distillation"],
+    )
+    plugins = PluginSet.from_pretrained(folder)
+    plugins.config.base_model = config["model"]
+    plugins.config.training["dataset"] = f"drawings and Fashion-MNIST, {config['distillation_images']} random crops"
+    plugins.save_pretrained(folder)
+
+
+def finetune(config: dict, root: Path, task: str, source_r: int, seed: int) -> None:
+    folder = checkpoint(root, task, source_r, seed)
+    if folder.exists():
+        return
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    run(
+        "finetune.py",
+        model_name_or_path=root / "base",
+        dataset_name=root / "data" / task,
+        source_r=source_r,
+        seed=seed,
+        output_dir=part,
+        eval_split="validation",
+        save_strategy="no",
+        report_to="none",
+        logging_steps=32,
+        disable_tqdm=True,
+        bf16=config["precision"] == "bf16",
+        use_cpu=not torch.accelerator.is_available(),
+        **config["finetuning"],
+    )
+    part.rename(folder)
+
+
+def evaluate(config: dict, root: Path, task: str, seed: int) -> None:
+    """The grid of one seed. Seeds are joined by `tabulate`, from what every checkpoint made of every image."""
+    folder = root / "grids" / task / f"seed{seed}"
+    if (folder / "grid.json").exists():
+        return
+    run(
+        "evaluate.py",
+        checkpoints=[checkpoint(root, task, source_r, seed) for source_r in config["degrees"]],
+        plugins=root / "plugins",
+        dataset_name=root / "data" / task,
+        target_r=config["degrees"],
+        scales=config["scales"],
+        fixed_scales=config.get("fixed_scales", []),
+        mixed_precision=config["precision"],
+        speed_rounds=config.get("speed_rounds", 0),
+        output_dir=folder,
+    )
+
+
+def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: list[int]) -> None:
+    lines = [
+        "| task | seeds | cells with a clear gap | mean gap | plain | ToCom (0.05 to 0.15) | gap closed "
+        "| ToCom (up to 0.3) | gap closed | cells below plain by more than one standard error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for task in tasks:
+        paths = [path for seed in seeds if (path := root / "grids" / task / f"seed{seed}" / "grid.json").exists()]
+        if not paths:
+            continue
+        reports = [Report.load(path) for path in paths]
+        names = [name for report in reports for name in report.settings["checkpoints"]]
+        settings = {**reports[0].settings, "dataset": task, "checkpoints": names}
+        joined = Report(settings, [run for report in reports for run in report.runs], reports[0].costs)
+        joined.save(results / task)
+        lines.append(summary_line(task, len(paths), joined.cells))
+        print(f"{task}\n{joined.markdown()}\n", flush=True)
+    (results / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+def summary_line(task: str, seeds: int, cells: list[Cell]) -> str:
+    """Means over the cells off the diagonal; the gap closed is that of the summed gains over the summed gaps."""
+    moved = [cell for cell in cells if cell.compensated and cell.gap is not None and cell.gap_se is not None]
+    clear = sum(cell.gap > 2 * cell.gap_se for cell in moved if cell.gap is not None and cell.gap_se is not None)
+    texts = [f"{100 * mean(cell.plain for cell in moved):.1f}"]
+    for method in ("paper", "wide"):
+        closed = gap_closed(moved, method)
+        texts.append(f"{100 * mean(cell.compensated[method].accuracy for cell in moved):.1f}")
+        texts.append(f"{100 * closed[0]:.0f} %" if closed else "no gap")
+    worse = [
+        f"{cell.source_r}→{cell.target_r} ({method})"
+        for cell in moved
+        for method in ("paper", "wide")
+        if cell.compensated[method].gain < -cell.compensated[method].gain_se
+    ]
+    gap = f"{100 * mean(cell.gap for cell in moved):.1f}"
+    texts = [task, str(seeds), f"{clear} of {len(moved)}", gap, *texts, ", ".join(worse) or "none"]
+    return f"| {' | '.join(texts)} |"
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def checkpoint(root: Path, task: str, source_r: int, seed: int) -> Path:
+    return root / "checkpoints" / task / f"r{source_r}-seed{seed}"
+
+
+def run(script: str, **arguments: Any) -> None:
+    """Run a script of `examples/`, and stop where it fails."""
+    command = [sys.executable, str(EXAMPLES / script)]
+    for name, value in arguments.items():
+        values = value if isinstance(value, list) else [value]
+        if values:
+            command += [f"--{name}", *map(str, values)]
+    print("$ python examples/" + " ".join([script, *command[2:]]), flush=True)
+    subprocess.run(command, check=True)
+
+
+def main() -> None:
+    args = parse_args()
+    config, root = json.loads(args.config.read_text(encoding="utf-8")), args.output_dir
+    tasks, seeds = args.tasks or list(config["tasks"]), args.seeds or config["seeds"]
+    model = args.model or config["model"]
+    if "data" in args.stages:
+        make_data(config, root / "data", tasks)
+    if "base" in args.stages:
+        make_base(config, model, root / "base")
+    if "distil" in args.stages:
+        distil(config, model, root)
+    for seed in seeds:
+        for task in tasks:
+            for source_r in args.source_r or config["degrees"]:
+                if "finetune" in args.stages:
+                    finetune(config, root, task, source_r, seed)
+    for seed in seeds:
+        for task in tasks:
+            if "evaluate" in args.stages:
+                evaluate(config, root, task, seed)
+    if "tabulate" in args.stages:
+        tabulate(config, root, args.results_dir or root / "results", tasks, seeds)
+
+
+if __name__ == "__main__":
+    main()

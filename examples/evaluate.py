@@ -1,0 +1,148 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Measure fine-tuned checkpoints over a grid of degrees: plain merging, ToCom, and training at the target degree.
+
+Checkpoints of the same source degree count as seeds of one experiment, those of other source degrees as what training
+at the target reaches. The scale is picked on the validation split.
+
+    accelerate launch examples/evaluate.py --checkpoints cub-r0 cub-r8 cub-r16 --plugins tocom-deit-base \\
+        --dataset_name cub-200 --target_r 0 8 16 --output_dir results/cub-200
+
+`--dataset_name` takes a name of `tocom_hf.tasks.TASKS` (cifar-100, cub-200, cars, dogs, flowers, vtab-1k/svhn, ...), a
+Hub name, a folder of images or of parquet files, or a parquet file.
+"""
+
+import argparse
+import datetime
+import platform
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import default_collate
+from transformers import AutoImageProcessor
+
+from tocom_hf import ArgumentError, DatasetError, PluginSet, TocomModel
+from tocom_hf.data import with_pixel_values
+from tocom_hf.grid import WIDE_SCALES, evaluate_checkpoint
+from tocom_hf.reports import Report, measure_costs
+from tocom_hf.tasks import load_labelled, require_disjoint
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoints", nargs="+", required=True, help="Hub ids or folders of fine-tuned classifiers.")
+    parser.add_argument(
+        "--source_r",
+        type=int,
+        nargs="+",
+        help="Degree of each checkpoint that does not record it; one value is for all.",
+    )
+    parser.add_argument("--plugins", help="Hub id or folder of the plugin set. Default: plain merging only.")
+    parser.add_argument("--dataset_name", required=True)
+    parser.add_argument("--dataset_config_name", help="Configuration of a Hub data set.")
+    parser.add_argument("--validation_split", default="validation", help="Where the scale is picked.")
+    parser.add_argument("--test_split", default="test", help="Where accuracy is measured.")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--label_column", default="label")
+    parser.add_argument("--target_r", type=int, nargs="+", required=True, help="Degrees to run at.")
+    parser.add_argument("--scales", type=float, nargs="+", default=WIDE_SCALES, help="Scales to pick from.")
+    parser.add_argument(
+        "--fixed_scales", type=float, nargs="*", default=(), help="Scales to report too, negative for a flipped sign."
+    )
+    parser.add_argument("--per_device_eval_batch_size", type=int, default=100)
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: accelerate's.")
+    parser.add_argument("--speed_rounds", type=int, default=5, help="Rounds of timing; 0 for none.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for table, CSV, JSON and plots.")
+    return parser.parse_args()
+
+
+def load_split(args: argparse.Namespace, split: str):
+    dataset, _ = load_labelled(
+        args.dataset_name,
+        split,
+        config_name=args.dataset_config_name,
+        image_column=args.image_column,
+        label_column=args.label_column,
+    )
+    return dataset
+
+
+def main() -> None:
+    args = parse_args()
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    degrees = sorted(set(args.target_r))
+    source_rs = args.source_r or [None]
+    if len(source_rs) not in (1, len(args.checkpoints)):
+        raise ArgumentError(
+            f"There are {len(args.checkpoints)} checkpoints and {len(source_rs)} values of --source_r; give one for "
+            "all or one for each."
+        )
+    source_rs = source_rs * len(args.checkpoints) if len(source_rs) == 1 else source_rs
+
+    with accelerator.main_process_first():
+        test = load_split(args, args.test_split)
+        validation = load_split(args, args.validation_split) if args.plugins else None
+    if validation is not None and args.validation_split.partition("[")[0] == args.test_split.partition("[")[0]:
+        require_disjoint(validation, test)
+    plugins = PluginSet.from_pretrained(args.plugins) if args.plugins else None
+
+    runs, costs = [], []
+    for checkpoint, source_r in zip(args.checkpoints, source_rs, strict=True):
+        model = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=source_r, dtype=torch.float32)
+        labels = max(test["label"])
+        if labels >= model.config.num_labels:
+            raise DatasetError(
+                f"The test split has the label {labels}, but {checkpoint} knows {model.config.num_labels} classes."
+            )
+        processor = AutoImageProcessor.from_pretrained(checkpoint)
+        processed = [data and with_pixel_values(data, processor, label_column="label") for data in (test, validation)]
+        runs += evaluate_checkpoint(
+            model,
+            Path(checkpoint).name,
+            degrees,
+            *processed,
+            scales=args.scales,
+            fixed_scales=args.fixed_scales,
+            batch_size=args.per_device_eval_batch_size,
+            accelerator=accelerator,
+        )
+        if not costs and accelerator.is_main_process:
+            batch = default_collate([processed[0][i] for i in range(min(len(test), args.per_device_eval_batch_size))])
+            with accelerator.autocast(), torch.no_grad():
+                pixel_values = batch["pixel_values"].to(accelerator.device)
+                costs = measure_costs(model, degrees, pixel_values, args.speed_rounds)
+        for run in runs[-len(degrees) :]:
+            picked = "".join(f", scale {s:g} {run.at_scale[s].double().mean():.2%}" for s in set(run.picked.values()))
+            accelerator.print(
+                f"{run.checkpoint}: r {run.source_r} -> {run.target_r}: plain {run.plain.double().mean():.2%}{picked}"
+            )
+    if accelerator.is_main_process:
+        settings = {
+            "dataset": args.dataset_name,
+            "test": f"{args.test_split}, {len(test)} images",
+            "validation": f"{args.validation_split}, {len(validation)} images" if validation is not None else None,
+            "checkpoints": [Path(checkpoint).name for checkpoint in args.checkpoints],
+            "plugins": args.plugins and Path(args.plugins).name,
+            "scales": list(args.scales),
+            "precision": accelerator.mixed_precision,
+            "batch_size": args.per_device_eval_batch_size,
+            "processes": accelerator.num_processes,
+            "device": device_name(accelerator.device),
+            "torch": torch.__version__,
+            "date": datetime.date.today().isoformat(),
+        }
+        report = Report(settings, runs, costs)
+        report.save(args.output_dir)
+        print(report.markdown())
+        print(f"Written to {args.output_dir.resolve()}")
+    accelerator.end_training()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Accuracy of checkpoints over a grid of source and target degrees: plain, with ToCom, trained at the target.
+
+The tables of the paper (ToCom, section 4) are such grids. The scale s in front of the plugins is picked on validation
+images, for every checkpoint and target degree; test images are never looked at for it.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
+
+from .errors import ArgumentError, DatasetError
+from .evaluation import plain_merging
+from .modeling import TocomModel
+
+
+PAPER_SCALES = (0.05, 0.08, 0.1, 0.12, 0.15)
+WIDE_SCALES = (*PAPER_SCALES, 0.2, 0.25, 0.3)
+
+
+@dataclass(frozen=True)
+class CellRun:
+    """One checkpoint at one degree.
+
+    Attributes:
+        checkpoint: Its name.
+        source_r: The degree that it was trained at.
+        target_r: The degree that it ran at.
+        plain: Which test images it got right without compensation, bool `(images,)`.
+        at_scale: The same with the plugins at each scale that was picked or asked for; empty where the degrees are
+            equal.
+        picked: The scale that validation picked, by the name of the set of scales.
+        fixed: The scales asked for whatever validation says.
+        validation: Accuracy and mean cross-entropy on the validation images, by scale.
+    """
+
+    checkpoint: str
+    source_r: int
+    target_r: int
+    plain: torch.Tensor
+    at_scale: dict[float, torch.Tensor]
+    picked: dict[str, float]
+    fixed: tuple[float, ...]
+    validation: dict[float, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """What plugins make of one cell. All figures but the scales are fractions of one.
+
+    Attributes:
+        accuracy: Mean over checkpoints.
+        se: Standard error of it.
+        gain: Accuracy over plain merging.
+        gain_se: Standard error of it, from the differences on each image.
+        gap_closed: `gain / (trained - plain)`; `None` where no checkpoint of the target degree was given, or where it
+            is no better than plain merging.
+        scales: The scale of every checkpoint, in their order.
+    """
+
+    accuracy: float
+    se: float
+    gain: float
+    gain_se: float
+    gap_closed: float | None
+    scales: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One source degree at one target degree, over all checkpoints (seeds) of the source degree.
+
+    Standard errors are those of the sample of test images, given the checkpoints: each image counts with the share of
+    checkpoints that got it right.
+
+    Attributes:
+        source_r, target_r: The degrees.
+        checkpoints: How many there are of the source degree.
+        plain, plain_se: Accuracy without compensation, in [0, 1], and its standard error.
+        trained, trained_se: The same of the checkpoints trained at the target degree; `None` where there are none.
+        gap, gap_se: `trained - plain`, and its standard error from the differences on each image.
+        compensated: By the name of the set of scales that validation picked from (`paper`, `wide`), or by the fixed
+            scale (`scale -0.1`). Empty where the degrees are equal.
+    """
+
+    source_r: int
+    target_r: int
+    checkpoints: int
+    plain: float
+    plain_se: float
+    trained: float | None
+    trained_se: float | None
+    gap: float | None
+    gap_se: float | None
+    compensated: dict[str, Compensated]
+
+
+def evaluate_checkpoint(
+    model: TocomModel,
+    name: str,
+    degrees: Sequence[int],
+    test: Dataset,
+    validation: Dataset | None,
+    *,
+    scales: Sequence[float] = WIDE_SCALES,
+    fixed_scales: Sequence[float] = (),
+    batch_size: int = 100,
+    accelerator: Accelerator | None = None,
+) -> list[CellRun]:
+    """Run one checkpoint at several degrees, plain and with the plugins, on every process of an `accelerate launch`.
+
+    Args:
+        model: A classifier; without plugins it only runs plain. It is moved to the accelerator's device, and otherwise
+            left as it was.
+        name: What to call it.
+        degrees: The target degrees. At its own degree there is nothing to compensate.
+        test: Samples with `pixel_values` and `labels`.
+        validation: The same, of which no image is in `test`, to pick the scale on: the most accurate one, and among
+            equals the one of lowest cross-entropy. `None` to run at `fixed_scales` only.
+        scales: The scales to pick from. Those of the paper among them are also picked from alone.
+        fixed_scales: Scales to run at whatever validation says, for ablations; a negative one flips the sign.
+        batch_size: Images per process and forward pass.
+        accelerator: Where to run; by default a new one.
+
+    Returns:
+        One item for each degree, the same on every process.
+
+    Raises:
+        DatasetError: if a data set is empty.
+        DegreeError: if a degree is outside the plugin set.
+        ArgumentError: if there are validation images but no scales to pick from.
+    """
+    accelerator = accelerator or Accelerator()
+    if validation is not None and not scales:
+        raise ArgumentError("There are validation images but no scales to pick from. Give scales, e.g. PAPER_SCALES.")
+    sets = [("test", test)] + ([("validation", validation)] if validation is not None else [])
+    for kind, dataset in sets:
+        if len(dataset) == 0:  # type: ignore[arg-type]
+            raise DatasetError(f"There are no {kind} images to evaluate on.")
+    if model.plugins is not None:
+        for degree in degrees:  # one out of range is an error before the first forward pass
+            model.plugins.compose(model.source_r, degree)
+    loaders = {kind: accelerator.prepare_data_loader(DataLoader(data, batch_size=batch_size)) for kind, data in sets}
+    runs = []
+    with ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        model.eval().to(accelerator.device)
+        for degree in degrees:
+            with plain_merging(model, degree):
+                plain, _ = _predict(model, loaders["test"], accelerator)
+            if degree == model.source_r or model.plugins is None:
+                runs.append(CellRun(name, model.source_r, degree, plain, {}, {}, (), {}))
+                continue
+            sweep, picked = {}, {}
+            if validation is not None:
+                for scale in scales:
+                    with model.at(degree, scale):
+                        right, loss = _predict(model, loaders["validation"], accelerator)
+                    sweep[scale] = (right.double().mean().item(), loss)
+                picked = pick_scales(sweep)
+            at_scale = {}
+            for scale in dict.fromkeys((*picked.values(), *fixed_scales)):
+                with model.at(degree, scale):
+                    at_scale[scale], _ = _predict(model, loaders["test"], accelerator)
+            runs.append(CellRun(name, model.source_r, degree, plain, at_scale, picked, tuple(fixed_scales), sweep))
+    return runs
+
+
+def pick_scales(sweep: dict[float, tuple[float, float]]) -> dict[str, float]:
+    """The best scale of the paper's and of all, from accuracy and mean cross-entropy on validation images by scale."""
+
+    def best(scales: Iterable[float]) -> float:
+        return max(scales, key=lambda scale: (sweep[scale][0], -sweep[scale][1]))
+
+    sets = {"paper": [scale for scale in sweep if scale in PAPER_SCALES], "wide": list(sweep)}
+    return {name: best(scales) for name, scales in sets.items() if scales}
+
+
+def summarize(runs: Sequence[CellRun]) -> list[Cell]:
+    """Average the checkpoints of each source degree, and compare with those trained at the target degree.
+
+    Args:
+        runs: Of one task, so that all hold the same test images in the same order.
+
+    Returns:
+        The cells, by source and target degree.
+    """
+    cells: dict[tuple[int, int], list[CellRun]] = defaultdict(list)
+    for run in runs:
+        cells[run.source_r, run.target_r].append(run)
+    trained = {source_r: _mean(run.plain for run in group) for (source_r, r), group in cells.items() if source_r == r}
+    return [_cell(group, trained.get(target_r)) for (_, target_r), group in sorted(cells.items())]
+
+
+def _cell(group: list[CellRun], trained: torch.Tensor | None) -> Cell:
+    first, plain = group[0], _mean(run.plain for run in group)
+    gap = None if trained is None or first.source_r == first.target_r else _estimate(trained - plain)
+    columns = {name: [run.picked[name] for run in group] for name in first.picked}
+    columns |= {f"scale {scale:g}": [scale] * len(group) for scale in first.fixed}
+    compensated = {}
+    for name, scales in columns.items():
+        tocom = _mean(run.at_scale[scale] for run, scale in zip(group, scales, strict=True))
+        gain, gain_se = _estimate(tocom - plain)
+        closed = gain / gap[0] if gap is not None and gap[0] > 0 else None
+        compensated[name] = Compensated(*_estimate(tocom), gain, gain_se, closed, tuple(scales))
+    known = {"plain": _estimate(plain), "trained": trained if trained is None else _estimate(trained), "gap": gap}
+    estimates: dict[str, Any] = {}
+    for name, estimate in known.items():
+        estimates[name], estimates[f"{name}_se"] = estimate or (None, None)
+    return Cell(first.source_r, first.target_r, len(group), compensated=compensated, **estimates)
+
+
+def _mean(rights: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([right.double() for right in rights]).mean(dim=0)
+
+
+def _estimate(values: torch.Tensor) -> tuple[float, float]:
+    """Mean over images and its standard error."""
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return values.mean().item(), error
+
+
+@torch.no_grad()
+def _predict(model: TocomModel, loader: DataLoader, accelerator: Accelerator) -> tuple[torch.Tensor, float]:
+    """Which images are classified right, bool `(images,)` in their order, and the mean cross-entropy."""
+    rights, losses = [], []
+    for batch in loader:
+        with accelerator.autocast():
+            logits = model(pixel_values=batch["pixel_values"]).logits.float()
+        labels = batch["labels"]
+        outcome = logits.argmax(-1) == labels, F.cross_entropy(logits, labels, reduction="none")
+        right, loss = accelerator.gather_for_metrics(outcome)
+        rights.append(right.cpu())
+        losses.append(loss.cpu())
+    return torch.cat(rights), torch.cat(losses).double().mean().item()

@@ -1,0 +1,326 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""A grid of degrees as a table in the manner of the paper, as CSV, as JSON, and as plots."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .evaluation import count_flops, throughput
+from .files import read_json, write_folder
+from .grid import Cell, CellRun, summarize
+from .modeling import TocomModel
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one degree costs: floating-point operations of one image, images per second, speed-up over degree 0."""
+
+    target_r: int
+    flops: float
+    images_per_second: float | None = None
+    speedup: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `examples/evaluate.py` writes.
+
+    Attributes:
+        settings: Data set, checkpoints, precision, device, date: whatever tells where the figures come from.
+        runs: One for each checkpoint and target degree, all of one task. Reports of several seeds are joined by joining
+            their runs.
+        costs: One for each target degree.
+    """
+
+    settings: dict[str, Any]
+    runs: list[CellRun]
+    costs: list[Cost]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The averages over checkpoints, by source and target degree."""
+        return summarize(self.runs)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Report":
+        """Read a `grid.json` back, with what every checkpoint made of every image.
+
+        Raises:
+            PluginFileError: if it is not valid JSON.
+        """
+        content = read_json(Path(path))
+        costs = [Cost(**cost) for cost in content["costs"]]
+        return cls(content["settings"], [_run_of(facts) for facts in content["runs"]], costs)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `grid.md`, `grid.csv`, `grid.json`, `heat_map.png` and `tradeoff.png`, all or nothing."""
+        with write_folder(folder) as part:
+            (part / "grid.md").write_text(self.markdown() + "\n", encoding="utf-8")
+            content = {
+                "settings": self.settings,
+                "cells": [asdict(cell) for cell in self.cells],
+                "costs": [asdict(cost) for cost in self.costs],
+                "runs": [_run_facts(run) for run in self.runs],
+            }
+            (part / "grid.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            with (part / "grid.csv").open("w", newline="", encoding="utf-8") as file:
+                rows = self.rows()
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+            plot_heat_map(self, part / "heat_map.png")
+            plot_tradeoff(self, part / "tradeoff.png")
+
+    def methods(self) -> list[str]:
+        """The names of the compensations, in the order of the cells."""
+        return list(dict.fromkeys(name for cell in self.cells for name in cell.compensated))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each cell and method, in per cent; the same keys in all."""
+        costs = {cost.target_r: cost for cost in self.costs}
+        rows = []
+        for cell in self.cells:
+            cost = costs.get(cell.target_r)
+            common = {"source_r": cell.source_r, "target_r": cell.target_r, "checkpoints": cell.checkpoints}
+            tail = {
+                "trained_at_target": _percent(cell.trained),
+                "gap": _percent(cell.gap),
+                "gap_se": _percent(cell.gap_se),
+                "gflops": cost and round(cost.flops / 1e9, 3),
+                "images_per_second": cost and cost.images_per_second and round(cost.images_per_second, 1),
+            }
+            accuracy = {"accuracy": _percent(cell.plain), "se": _percent(cell.plain_se)}
+            blank = {"scales": "", "gain": None, "gain_se": None, "gap_closed": None}
+            rows.append({**common, "method": "plain", **accuracy, **blank, **tail})
+            for name, tocom in cell.compensated.items():
+                figures = {
+                    "accuracy": _percent(tocom.accuracy),
+                    "se": _percent(tocom.se),
+                    "scales": " ".join(f"{scale:g}" for scale in tocom.scales),
+                    "gain": _percent(tocom.gain),
+                    "gain_se": _percent(tocom.gain_se),
+                    "gap_closed": _percent(tocom.gap_closed, 0),
+                }
+                rows.append({**common, "method": name, **figures, **tail})
+        return rows
+
+    def markdown(self) -> str:
+        """A table with one column for each target degree and a block of rows for each source degree, in per cent.
+
+        The gap closed stands only where the gap is more than twice its standard error: the ratio means nothing below.
+        """
+        sources = sorted({cell.source_r for cell in self.cells})
+        targets = sorted({cell.target_r for cell in self.cells})
+        cells = {(cell.source_r, cell.target_r): cell for cell in self.cells}
+        lines = [
+            "| source r | method | " + " | ".join(f"target r = {target}" for target in targets) + " |",
+            "|---|---|" + "---|" * len(targets),
+        ]
+
+        def line(source: str, method: str, texts: Iterable[str]) -> None:
+            lines.append(f"| {source} | {method} | {' | '.join(texts)} |")
+
+        for source in sources:
+            row = [cells.get((source, target)) for target in targets]
+            line(str(source), "plain", [_plus_minus(cell.plain, cell.plain_se) if cell else "" for cell in row])
+            for name in self.methods():
+                found = [cell.compensated.get(name) if cell else None for cell in row]
+                line("", _title(name), [_compensated_text(tocom) for tocom in found])
+                if not name.startswith("scale"):
+                    line("", "gap closed", [_gap_text(cell, name) for cell in row])
+        own = [cells.get((target, target)) for target in targets]
+        line("", "trained at target", [_plus_minus(cell.plain, cell.plain_se) if cell else "" for cell in own])
+        costs = {cost.target_r: cost for cost in self.costs}
+        found_costs = [costs.get(target) for target in targets]
+        line("", "GFLOPs", [f"{cost.flops / 1e9:.2f}" if cost else "" for cost in found_costs])
+        if any(cost.images_per_second for cost in self.costs):
+            line("", "images/s (speed-up)", [_speed_text(cost) for cost in found_costs])
+        return "\n".join(lines)
+
+
+def measure_costs(model: TocomModel, degrees: Sequence[int], pixel_values: torch.Tensor, rounds: int = 5) -> list[Cost]:
+    """Floating-point operations and throughput at several degrees.
+
+    Args:
+        model: The model, in evaluation mode.
+        degrees: The degrees; speed-ups are over degree 0, which is measured too.
+        pixel_values: The batch to run, on the model's device.
+        rounds: Rounds of timing; 0 for none.
+    """
+    flops = count_flops(model, degrees, pixel_values)
+    speed = throughput(model, sorted({0, *degrees}), pixel_values, rounds) if rounds else {}
+    return [Cost(degree, flops[degree], *speed.get(degree, ())) for degree in degrees]
+
+
+def gap_closed(cells: Iterable[Cell], method: str) -> tuple[float, float] | None:
+    """The share of the gap that a method closes over several cells, and the sum of their gaps.
+
+    The gains are summed up and divided by the summed gaps, so that cells without a gap cannot dominate as they would
+    in a mean of ratios.
+
+    Returns:
+        Share and summed gap, as fractions; `None` where there is no gap to close.
+    """
+    chosen = [cell for cell in cells if method in cell.compensated and cell.gap is not None]
+    gap = sum(cell.gap for cell in chosen if cell.gap is not None)
+    return (sum(cell.compensated[method].gain for cell in chosen) / gap, gap) if gap > 0 else None
+
+
+def plot_heat_map(report: Report, path: str | Path) -> None:
+    """Accuracy over source and target degree, plain and with each set of scales, and the gain of the latter."""
+    from matplotlib.figure import Figure
+
+    sources = sorted({cell.source_r for cell in report.cells})
+    targets = sorted({cell.target_r for cell in report.cells})
+    methods = [name for name in report.methods() if not name.startswith("scale")]
+    panels = ["plain", *methods]
+    figure = Figure(figsize=(1.2 + 3.0 * len(panels), 1.4 + 0.75 * len(sources)), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    values = {}
+    for panel in panels:
+        grid = torch.full((len(sources), len(targets)), float("nan"))
+        for cell in report.cells:
+            tocom = cell.compensated.get(panel)
+            accuracy = cell.plain if panel == "plain" or tocom is None else tocom.accuracy
+            grid[sources.index(cell.source_r), targets.index(cell.target_r)] = 100 * accuracy
+        values[panel] = grid
+    known = torch.cat([grid[~grid.isnan()] for grid in values.values()])
+    low, high = known.min().item(), known.max().item()
+    image = None
+    for axis, panel in zip(axes, panels, strict=True):
+        image = axis.imshow(values[panel], vmin=low, vmax=max(high, low + 1e-6), cmap="viridis", aspect="auto")
+        for row in range(len(sources)):
+            for column in range(len(targets)):
+                value = values[panel][row, column].item()
+                if value == value:
+                    dark = value < (low + high) / 2
+                    axis.text(column, row, f"{value:.1f}", ha="center", va="center", color="w" if dark else "k")
+        axis.set_xticks(range(len(targets)), targets)
+        axis.set(title=_title(panel), xlabel="target r")
+    axes[0].set_yticks(range(len(sources)), sources)
+    axes[0].set_ylabel("source r")
+    if image is not None:
+        figure.colorbar(image, ax=list(axes), label="accuracy (%)")
+    figure.savefig(path, dpi=130)
+
+
+def plot_tradeoff(report: Report, path: str | Path) -> None:
+    """Accuracy against throughput (floating-point operations where none was measured), a panel for each source."""
+    from matplotlib.figure import Figure
+
+    costs = {cost.target_r: cost for cost in report.costs}
+    timed = bool(costs) and all(cost.images_per_second for cost in costs.values())
+
+    def price(target_r: int) -> float:
+        cost = costs.get(target_r)
+        if cost is None:
+            return float(target_r)
+        return (cost.images_per_second or 0.0) if timed else cost.flops / 1e9
+
+    sources = sorted({cell.source_r for cell in report.cells})
+    figure = Figure(figsize=(1 + 3.6 * len(sources), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(sources), squeeze=False, sharey=True)[0]
+    own = [cell for cell in report.cells if cell.source_r == cell.target_r]
+    for axis, source in zip(axes, sources, strict=True):
+        row = [cell for cell in report.cells if cell.source_r == source]
+        prices = [price(cell.target_r) for cell in row]
+        _errorbar(axis, prices, [(cell.plain, cell.plain_se) for cell in row], "o--", "0.5", "plain")
+        for name, colour in zip(report.methods(), ("tab:blue", "tab:cyan"), strict=False):
+            if not name.startswith("scale"):
+                found = [cell.compensated.get(name) for cell in row]
+                points = [(t.accuracy, t.se) if t else (c.plain, c.plain_se) for t, c in zip(found, row, strict=True)]
+                _errorbar(axis, prices, points, "o-", colour, _title(name))
+        if len(own) > 1:
+            points = [(cell.plain, cell.plain_se) for cell in own]
+            _errorbar(axis, [price(cell.target_r) for cell in own], points, "k^:", "k", "trained at target")
+        axis.set(title=f"source r = {source}", xlabel="images/s" if timed else "GFLOPs")
+        if not timed:
+            axis.invert_xaxis()
+    axes[0].set_ylabel("accuracy (%)")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _errorbar(
+    axis, prices: list[float], points: Sequence[tuple[float, float]], style: str, colour: str, label: str
+) -> None:
+    heights, errors = ([100 * value for value in column] for column in zip(*points, strict=True))
+    axis.errorbar(prices, heights, yerr=errors, fmt=style, color=colour, label=label, capsize=2, linewidth=1.2)
+
+
+def _run_facts(run: CellRun) -> dict[str, Any]:
+    return {
+        "checkpoint": run.checkpoint,
+        "source_r": run.source_r,
+        "target_r": run.target_r,
+        "images": len(run.plain),
+        "plain": _outcome(run.plain),
+        "at_scale": {str(scale): _outcome(right) for scale, right in run.at_scale.items()},
+        "picked": run.picked,
+        "fixed": run.fixed,
+        "validation": {str(scale): figures for scale, figures in run.validation.items()},
+    }
+
+
+def _outcome(right: torch.Tensor) -> dict[str, Any]:
+    """Accuracy, and which images were right as the bits of a hexadecimal string."""
+    return {"accuracy": right.double().mean().item(), "right": np.packbits(right.numpy()).tobytes().hex()}
+
+
+def _run_of(facts: dict[str, Any]) -> CellRun:
+    def right(outcome: dict[str, Any]) -> torch.Tensor:
+        packed = np.frombuffer(bytes.fromhex(outcome["right"]), np.uint8)
+        return torch.from_numpy(np.unpackbits(packed, count=facts["images"])).bool()
+
+    return CellRun(
+        facts["checkpoint"],
+        facts["source_r"],
+        facts["target_r"],
+        right(facts["plain"]),
+        {float(scale): right(outcome) for scale, outcome in facts["at_scale"].items()},
+        facts["picked"],
+        tuple(facts["fixed"]),
+        {float(scale): (accuracy, loss) for scale, (accuracy, loss) in facts["validation"].items()},
+    )
+
+
+def _title(method: str) -> str:
+    names = {"paper": "ToCom, scale 0.05 to 0.15", "wide": "ToCom, scale up to 0.3"}
+    return names.get(method, method if method == "plain" else f"ToCom, {method}")
+
+
+def _percent(value: float | None, digits: int = 2) -> float | None:
+    return None if value is None else round(100 * value, digits)
+
+
+def _plus_minus(value: float, error: float) -> str:
+    return f"{100 * value:.1f} ± {100 * error:.1f}"
+
+
+def _compensated_text(tocom) -> str:
+    if tocom is None:
+        return ""
+    scales = "/".join(f"{scale:g}" for scale in dict.fromkeys(tocom.scales))
+    return f"{100 * tocom.accuracy:.1f} ({100 * tocom.gain:+.1f} ± {100 * tocom.gain_se:.1f}, s = {scales})"
+
+
+def _gap_text(cell: Cell | None, method: str) -> str:
+    tocom = cell.compensated.get(method) if cell else None
+    if cell is None or tocom is None or cell.gap is None or cell.gap_se is None:
+        return ""
+    gap = f"{100 * cell.gap:+.1f} ± {100 * cell.gap_se:.1f}"
+    if tocom.gap_closed is None or cell.gap <= 2 * cell.gap_se:
+        return f"no clear gap ({gap})"
+    return f"{100 * tocom.gap_closed:.0f} % of {gap}"
+
+
+def _speed_text(cost: Cost | None) -> str:
+    if cost is None or not cost.images_per_second:
+        return ""
+    return f"{cost.images_per_second:.0f} ({cost.speedup:.2f}x)"
