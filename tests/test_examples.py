@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 
 from tocom_hf import PluginSet, TocomModel, apply_tome, save_composite
 from tocom_hf.data import load_images, with_pixel_values
+from tocom_hf.reports import Report
 
 
 ROOT = Path(__file__).parent.parent
@@ -155,6 +156,49 @@ def test_finetune_records_its_source_degree_and_resumes(tmp_path):
     assert distance(resumed, saved) < 0.5 * distance(start, saved)
 
 
+@pytest.mark.parametrize("launch", [[], TORCHRUN], ids=["one process", "two processes"])
+def test_evaluate_writes_the_same_figures_on_any_number_of_processes(tmp_path, monkeypatch, launch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    code, output, errors = run(
+        *launch, ROOT / "examples/evaluate.py", "--checkpoints", CHECKPOINT, "--plugins", PLUGINS, "--dataset_name",
+        IMAGES, "--validation_split", "test[:40]", "--test_split", "test[40:101]", "--target_r", 0, 8, "--scales", 0.1,
+        0.2, "--per_device_eval_batch_size", 16, "--speed_rounds", 1, "--output_dir", tmp_path / "grid", cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 0, errors
+    assert output.count("target r = 8") == 1
+    report = Report.load(tmp_path / "grid" / "grid.json")
+    dataset = with_pixel_values(
+        load_images(str(IMAGES), split="test[40:101]", label_column="label"),
+        AutoImageProcessor.from_pretrained(CHECKPOINT),
+        label_column="label",
+    )
+    images = next(iter(DataLoader(dataset, batch_size=61)))
+    model = apply_tome(AutoModelForImageClassification.from_pretrained(CHECKPOINT), 8)
+    expected = logits(model, images["pixel_values"]).argmax(-1) == images["labels"]
+    assert torch.equal(report.runs[1].plain, expected)
+    assert [cost.target_r for cost in report.costs] == [0, 8]
+
+
+def test_model_arithmetic_adds_the_difference_of_two_models(tmp_path):
+    """With task A for task B, M_m^A - M_n^A + M_n^A is M_m^A."""
+    trained_at_8 = AutoModelForImageClassification.from_pretrained(CHECKPOINT)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained_at_8.vit.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    trained_at_8.config.tocom = {"source_r": 8, "target_r": 8, "scale": None}
+    trained_at_8.save_pretrained(tmp_path / "r8")
+    code, output, errors = run(
+        ROOT / "examples/model_arithmetic.py", "--target_a", tmp_path / "r8", "--source_a", CHECKPOINT, "--source_b",
+        CHECKPOINT, "--target_b", tmp_path / "r8", "--dataset_name", IMAGES, "--test_split", "test[:60]", "--output",
+        tmp_path / "arithmetic.json", cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 0, errors
+    assert "M_8^A - M_0^A + M_0^B" in output
+    (row,) = json.loads((tmp_path / "arithmetic.json").read_text())["rows"]
+    assert row["arithmetic"] == row["trained_at_target"] != row["plain"]
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
@@ -163,11 +207,23 @@ def test_finetune_records_its_source_degree_and_resumes(tmp_path):
         ("distill", ["--max_r", "0"], "DegreeError: max_r must be at least 1"),
         ("quickstart", ["--target_r", "9"], "DegreeError: target_r=9 is outside the plugin set"),
         ("quickstart", ["--source_r", "4"], "DegreeError: source_r=4 contradicts"),
+        ("evaluate", ["--target_r", "9"], "DegreeError: target_r=9 is outside the plugin set"),
+        ("evaluate", ["--source_r", "0", "4"], "ArgumentError: There are 1 checkpoints and 2 values of --source_r"),
+        (
+            "evaluate",
+            ["--validation_split", "test[:20]"],
+            "20 images are in the validation split and in the test split",
+        ),
     ],
 )
 def test_wrong_use_writes_nothing(tmp_path, script, arguments, message):
     common = ["--model_name_or_path", CHECKPOINT, "--dataset_name", IMAGES, "--dataset_split", "test[:20]"]
-    output = ["--output_dir", tmp_path / "set"] if script == "distill" else ["--output", tmp_path / "plot.png"]
+    output = ["--output", tmp_path / "plot.png"] if script == "quickstart" else ["--output_dir", tmp_path / "set"]
+    if script == "evaluate":
+        common = [
+            "--checkpoints", CHECKPOINT, "--plugins", PLUGINS, "--dataset_name", IMAGES, "--test_split", "test[:20]",
+            "--validation_split", "test[20:40]", "--target_r", 4,
+        ]  # fmt: skip
     code, _, errors = run(ROOT / f"examples/{script}.py", *common, *output, *arguments, cwd=tmp_path)
     assert code != 0
     assert re.search(message, errors), errors

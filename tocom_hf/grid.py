@@ -202,19 +202,19 @@ def summarize(runs: Sequence[CellRun]) -> list[Cell]:
 
 def _cell(group: list[CellRun], trained: torch.Tensor | None) -> Cell:
     first, plain = group[0], _mean(run.plain for run in group)
-    gap = None if trained is None or first.source_r == first.target_r else _estimate(trained - plain)
+    gap = None if trained is None or first.source_r == first.target_r else estimate(trained - plain)
     columns = {name: [run.picked[name] for run in group] for name in first.picked}
     columns |= {f"scale {scale:g}": [scale] * len(group) for scale in first.fixed}
     compensated = {}
     for name, scales in columns.items():
         tocom = _mean(run.at_scale[scale] for run, scale in zip(group, scales, strict=True))
-        gain, gain_se = _estimate(tocom - plain)
+        gain, gain_se = estimate(tocom - plain)
         closed = gain / gap[0] if gap is not None and gap[0] > 0 else None
-        compensated[name] = Compensated(*_estimate(tocom), gain, gain_se, closed, tuple(scales))
-    known = {"plain": _estimate(plain), "trained": trained if trained is None else _estimate(trained), "gap": gap}
+        compensated[name] = Compensated(*estimate(tocom), gain, gain_se, closed, tuple(scales))
+    known = {"plain": estimate(plain), "trained": trained if trained is None else estimate(trained), "gap": gap}
     estimates: dict[str, Any] = {}
-    for name, estimate in known.items():
-        estimates[name], estimates[f"{name}_se"] = estimate or (None, None)
+    for name, figures in known.items():
+        estimates[name], estimates[f"{name}_se"] = figures or (None, None)
     return Cell(first.source_r, first.target_r, len(group), compensated=compensated, **estimates)
 
 
@@ -222,8 +222,8 @@ def _mean(rights: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack([right.double() for right in rights]).mean(dim=0)
 
 
-def _estimate(values: torch.Tensor) -> tuple[float, float]:
-    """Mean over images and its standard error."""
+def estimate(values: torch.Tensor) -> tuple[float, float]:
+    """Mean over images and its standard error, from one number for each image, `(images,)`."""
     error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return values.mean().item(), error
 

@@ -194,7 +194,7 @@ def plot_heat_map(report: Report, path: str | Path) -> None:
     low, high = known.min().item(), known.max().item()
     image = None
     for axis, panel in zip(axes, panels, strict=True):
-        image = axis.imshow(values[panel], vmin=low, vmax=max(high, low + 1e-6), cmap="viridis", aspect="auto")
+        image = axis.imshow(values[panel].numpy(), vmin=low, vmax=max(high, low + 1e-6), cmap="viridis", aspect="auto")
         for row in range(len(sources)):
             for column in range(len(targets)):
                 value = values[panel][row, column].item()
@@ -238,7 +238,7 @@ def plot_tradeoff(report: Report, path: str | Path) -> None:
                 _errorbar(axis, prices, points, "o-", colour, _title(name))
         if len(own) > 1:
             points = [(cell.plain, cell.plain_se) for cell in own]
-            _errorbar(axis, [price(cell.target_r) for cell in own], points, "k^:", "k", "trained at target")
+            _errorbar(axis, [price(cell.target_r) for cell in own], points, "^:", "k", "trained at target")
         axis.set(title=f"source r = {source}", xlabel="images/s" if timed else "GFLOPs")
         if not timed:
             axis.invert_xaxis()
