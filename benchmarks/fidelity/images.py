@@ -33,15 +33,16 @@ FONT_PATTERNS = ("truetype/dejavu/*.ttf", "truetype/freefont/*.ttf", "opentype/u
 NOT_LATIN = ("D050000L", "StandardSymbols", "Dingbats")
 SHAPES = ("circle", "square", "triangle", "bar", "ring")
 MAX_AREA = 8_000_000  # pixels; a few posters take longer to decode than all the rest
-CANVAS = 192  # drawings are laid on a canvas of this size before they are cropped
+CANVAS = 192  # pixels of the images to distil on
 
 
-def distillation_images(count: int, size: int, seed: int) -> datasets.Dataset:
-    """Random resized crops of drawings on random backgrounds, and of coloured Fashion-MNIST images (one in ten).
+def distillation_images(count: int, seed: int) -> datasets.Dataset:
+    """One to three drawings on a random background, and coloured Fashion-MNIST images (one in ten).
+
+    They are larger than what the model sees, because distillation looks at random parts of them.
 
     Args:
         count: Images to make.
-        size: Their height and width in pixels.
         seed: Decides everything.
     """
     held_out = {_digest(path) for paths in natural_files().values() for path in paths}
@@ -52,7 +53,7 @@ def distillation_images(count: int, size: int, seed: int) -> datasets.Dataset:
     generator = random.Random(seed)
 
     def samples() -> Iterator[bytes]:
-        # every picture is opened once, and cropped as often as the count asks for, beside some that came before it
+        # every picture is opened once, and used as often as the count asks for, beside some that came before it
         drawings, recent = count - count // 10, deque(maxlen=200)
         generator.shuffle(files)
         for index, path in enumerate(files):
@@ -62,12 +63,12 @@ def distillation_images(count: int, size: int, seed: int) -> datasets.Dataset:
                 for other in generator.choices(recent, k=generator.randrange(3)):
                     _paste(canvas, other, generator, smallest=0.2)
                 _paste(canvas, recent[-1], generator, smallest=0.4)
-                yield _jpeg(_random_crop(canvas, size, generator))
+                yield _jpeg(canvas)
         for _ in range(count // 10):
             grey = Image.fromarray(fashion[generator.randrange(len(fashion))]).resize((CANVAS, CANVAS), Image.BICUBIC)
             canvas = _background(CANVAS, generator)
             canvas.paste(_colour(generator), (0, 0), grey)
-            yield _jpeg(_random_crop(canvas, size, generator))
+            yield _jpeg(canvas)
 
     images = list(samples())
     generator.shuffle(images)
@@ -285,17 +286,6 @@ def _draw_shape(draw: ImageDraw.ImageDraw, kind: str, place: tuple, angle: float
                 (x + u * math.cos(angle) - v * math.sin(angle), y + u * math.sin(angle) + v * math.cos(angle))
             )
         draw.polygon(corners, fill=colour)
-
-
-def _random_crop(image: Image.Image, size: int, generator: random.Random) -> Image.Image:
-    """A crop of 8 % to all of the area, of an aspect ratio of 3:4 to 4:3, flipped half of the time."""
-    area = generator.uniform(0.08, 1.0) * image.width * image.height
-    ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
-    width = min(image.width, round(math.sqrt(area * ratio)))
-    height = min(image.height, round(math.sqrt(area / ratio)))
-    x, y = generator.randint(0, image.width - width), generator.randint(0, image.height - height)
-    crop = image.resize((size, size), Image.BICUBIC, box=(x, y, x + width, y + height))
-    return crop.transpose(Image.FLIP_LEFT_RIGHT) if generator.random() < 0.5 else crop
 
 
 def _jpeg(image: Image.Image) -> bytes:

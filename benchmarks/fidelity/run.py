@@ -52,7 +52,7 @@ def make_data(config: dict, folder: Path, tasks: list[str]) -> None:
             print(f"images of the task {name} written to {folder / name}", flush=True)
     distil = folder / "distil.parquet"
     if not distil.exists():
-        images = distillation_images(config["distillation_images"], size, 1000 * seed + 999)
+        images = distillation_images(config["distillation_images"], 1000 * seed + 999)
         images.to_parquet(distil.with_suffix(".part"))
         distil.with_suffix(".part").rename(distil)
         print(f"{len(images)} images to distil on written to {distil}", flush=True)
@@ -64,7 +64,7 @@ def make_base(config: dict, model: str, folder: Path) -> None:
         return
     AutoModel.from_pretrained(model, dtype=torch.float32).save_pretrained(folder)
     processor = AutoImageProcessor.from_pretrained(model)
-    processor.size = {"height": config["image_size"], "width": config["image_size"]}
+    processor.size = processor.crop_size = {"height": config["image_size"], "width": config["image_size"]}
     processor.do_resize = processor.do_center_crop = False
     processor.save_pretrained(folder)
 
@@ -83,7 +83,7 @@ def distil(config: dict, model: str, root: Path) -> None:
     )
     plugins = PluginSet.from_pretrained(folder)
     plugins.config.base_model = config["model"]
-    plugins.config.training["dataset"] = f"drawings and Fashion-MNIST, {config['distillation_images']} random crops"
+    plugins.config.training["dataset"] = f"{config['distillation_images']} images of drawings and of Fashion-MNIST"
     plugins.save_pretrained(folder)
 
 
