@@ -106,7 +106,7 @@ def main() -> None:
             figures["trained_at_target"] = estimate(right(TocomModel.from_pretrained(load(args.target_b[index]))))
         rows.append({"dataset": Path(name).name, "images": len(plain), **figures})
     if accelerator.is_main_process:
-        a, m, n = Path(args.source_a).parent.name or args.source_a, target_r, source_r
+        m, n = target_r, source_r
         print(f"| task B at r = {m} | M_{n}^B | M_{m}^A - M_{n}^A + M_{n}^B | gain | M_{m}^B |")
         print("|---|---|---|---|---|")
         for row in rows:
@@ -114,7 +114,7 @@ def main() -> None:
             cells = [f"{100 * row[k][0]:.1f} ± {100 * row[k][1]:.1f}" if k in row else "" for k in names]
             print(f"| {row['dataset']} | {' | '.join(cells)} |")
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        content = {"task_a": a, "source_r": n, "target_r": m, "rows": rows}
+        content = {"source_a": args.source_a, "target_a": args.target_a, "source_r": n, "target_r": m, "rows": rows}
         args.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     accelerator.end_training()
 

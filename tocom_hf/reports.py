@@ -231,11 +231,11 @@ def plot_tradeoff(report: Report, path: str | Path) -> None:
         row = [cell for cell in report.cells if cell.source_r == source]
         prices = [price(cell.target_r) for cell in row]
         _errorbar(axis, prices, [(cell.plain, cell.plain_se) for cell in row], "o--", "0.5", "plain")
-        for name, colour in zip(report.methods(), ("tab:blue", "tab:cyan"), strict=False):
-            if not name.startswith("scale"):
-                found = [cell.compensated.get(name) for cell in row]
-                points = [(t.accuracy, t.se) if t else (c.plain, c.plain_se) for t, c in zip(found, row, strict=True)]
-                _errorbar(axis, prices, points, "o-", colour, _title(name))
+        picked = [name for name in report.methods() if not name.startswith("scale")]
+        for name, style, colour in zip(picked, ("o-", "s:"), ("tab:blue", "tab:orange"), strict=False):
+            found = [cell.compensated.get(name) for cell in row]
+            points = [(t.accuracy, t.se) if t else (c.plain, c.plain_se) for t, c in zip(found, row, strict=True)]
+            _errorbar(axis, prices, points, style, colour, _title(name))
         if len(own) > 1:
             points = [(cell.plain, cell.plain_se) for cell in own]
             _errorbar(axis, [price(cell.target_r) for cell in own], points, "^:", "k", "trained at target")

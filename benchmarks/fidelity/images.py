@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 CLIPART = Path("/usr/share/openclipart/png")
-FASHION = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 FONTS = Path("/usr/share/fonts")
 # top folders of openclipart that become the classes of the natural task; distillation never reads them
 NATURAL = ("animals", "food", "geography", "office", "people", "plants", "recreation", "tools", "transportation")
@@ -191,6 +191,16 @@ def write_task(name: str, folder: Path, sizes: dict[str, int], size: int, seed: 
         start += length
 
 
+def write_fashion_mnist(folder: Path) -> None:
+    """Write Fashion-MNIST as `train.parquet` and `test.parquet`, to pre-train a backbone on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        labels = np.frombuffer(gzip.decompress((FASHION / f"{prefix}-labels-idx1-ubyte.gz").read_bytes()), np.uint8)
+        pictures = [_png(Image.fromarray(image)) for image in _fashion(prefix)]
+        names = [str(label) for label in range(10)]
+        _dataset(pictures, labels[8:].tolist(), names).to_parquet(folder / f"{split}.parquet")
+
+
 def _pictures(folder: Path) -> list[Path]:
     """Pictures below a folder without links, without second copies and without posters, in a fixed order."""
     found = sorted(path for path in folder.rglob("*.png") if not path.is_symlink() and _area(path) <= MAX_AREA)
@@ -207,8 +217,9 @@ def _digest(path: Path) -> str:
     return hashlib.sha1(path.read_bytes()).hexdigest()
 
 
-def _fashion() -> np.ndarray:
-    return np.frombuffer(gzip.decompress(FASHION.read_bytes()), np.uint8, offset=16).reshape(-1, 28, 28)
+def _fashion(prefix: str = "train") -> np.ndarray:
+    raw = gzip.decompress((FASHION / f"{prefix}-images-idx3-ubyte.gz").read_bytes())
+    return np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)
 
 
 def _open(path: Path) -> Image.Image:

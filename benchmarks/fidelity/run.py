@@ -5,8 +5,8 @@
     python benchmarks/fidelity/run.py --config ... --output_dir ... --stages finetune evaluate --tasks count --seeds 1
 
 Stages: `data` makes the images, `base` stores the backbone with an image processor of the study's size, `distil` makes
-the plugin set, `finetune` the checkpoints, `evaluate` the grid of each task and seed, `tabulate` the tables and plots.
-The work is done by the scripts in `examples/`, whose commands are printed.
+the plugin set, `finetune` the checkpoints, `evaluate` the grid of each task and seed, `arithmetic` the evidence
+of eq. 1, `tabulate` the tables and plots. The work is done by the scripts in `examples/`, whose commands are printed.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from images import distillation_images, write_task
-from transformers import AutoImageProcessor, AutoModel
+from images import distillation_images, write_fashion_mnist, write_task
+from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from tocom_hf import PluginSet
 from tocom_hf.config import CONFIG_NAME
@@ -28,7 +28,7 @@ from tocom_hf.reports import Report, gap_closed
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-STAGES = ("data", "base", "distil", "finetune", "evaluate", "tabulate")
+STAGES = ("data", "base", "distil", "finetune", "evaluate", "arithmetic", "tabulate")
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,11 +62,44 @@ def make_base(config: dict, model: str, folder: Path) -> None:
     """The backbone as it is, with an image processor that takes images of the study's size as they are."""
     if (folder / "preprocessor_config.json").exists():
         return
+    if "pretraining" in config:
+        pretrain(config, folder)
+        return
     AutoModel.from_pretrained(model, dtype=torch.float32).save_pretrained(folder)
     processor = AutoImageProcessor.from_pretrained(model)
     processor.size = processor.crop_size = {"height": config["image_size"], "width": config["image_size"]}
     processor.do_resize = processor.do_center_crop = False
     processor.save_pretrained(folder)
+
+
+def pretrain(config: dict, folder: Path) -> None:
+    """Train a ViT on Fashion-MNIST from random weights."""
+    data, random = folder.parent / "data" / "pretraining", folder.parent / "random"
+    write_fashion_mnist(data)
+    torch.manual_seed(config["data_seed"])
+    ViTForImageClassification(ViTConfig(**config["pretraining"]["model"], num_labels=10)).save_pretrained(random)
+    ViTImageProcessor(size={"height": config["image_size"], "width": config["image_size"]}).save_pretrained(random)
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    train(config, config["pretraining"]["training"], random, data, part, eval_split="test")
+    part.rename(folder)
+
+
+def train(config: dict, arguments: dict, model: Path, data: Path, output_dir: Path, **more: Any) -> None:
+    run(
+        "finetune.py",
+        model_name_or_path=model,
+        dataset_name=data,
+        output_dir=output_dir,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=32,
+        disable_tqdm=True,
+        bf16=config["precision"] == "bf16",
+        use_cpu=not torch.accelerator.is_available(),
+        **more,
+        **arguments,
+    )
 
 
 def distil(config: dict, model: str, root: Path) -> None:
@@ -93,22 +126,8 @@ def finetune(config: dict, root: Path, task: str, source_r: int, seed: int) -> N
         return
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    run(
-        "finetune.py",
-        model_name_or_path=root / "base",
-        dataset_name=root / "data" / task,
-        source_r=source_r,
-        seed=seed,
-        output_dir=part,
-        eval_split="validation",
-        save_strategy="no",
-        report_to="none",
-        logging_steps=32,
-        disable_tqdm=True,
-        bf16=config["precision"] == "bf16",
-        use_cpu=not torch.accelerator.is_available(),
-        **config["finetuning"],
-    )
+    data, more = root / "data" / task, {"source_r": source_r, "seed": seed, "eval_split": "validation"}
+    train(config, config["finetuning"], root / "base", data, part, **more)
     part.rename(folder)
 
 
@@ -128,6 +147,22 @@ def evaluate(config: dict, root: Path, task: str, seed: int) -> None:
         mixed_precision=config["precision"],
         speed_rounds=config.get("speed_rounds", 0),
         output_dir=folder,
+    )
+
+
+def arithmetic(config: dict, root: Path, results: Path, seed: int) -> None:
+    """Model arithmetic from the first task to the others, from the lowest degree to the highest."""
+    source_r, target_r = min(config["degrees"]), max(config["degrees"])
+    task_a, *others = config["tasks"]
+    run(
+        "model_arithmetic.py",
+        target_a=checkpoint(root, task_a, target_r, seed),
+        source_a=checkpoint(root, task_a, source_r, seed),
+        source_b=[checkpoint(root, task, source_r, seed) for task in others],
+        target_b=[checkpoint(root, task, target_r, seed) for task in others],
+        dataset_name=[root / "data" / task for task in others],
+        mixed_precision=config["precision"],
+        output=results / f"arithmetic_seed{seed}.json",
     )
 
 
@@ -212,8 +247,12 @@ def main() -> None:
         for task in tasks:
             if "evaluate" in args.stages:
                 evaluate(config, root, task, seed)
+    results = args.results_dir or root / "results"
+    if "arithmetic" in args.stages:
+        for seed in seeds:
+            arithmetic(config, root, results, seed)
     if "tabulate" in args.stages:
-        tabulate(config, root, args.results_dir or root / "results", tasks, seeds)
+        tabulate(config, root, results, tasks, seeds)
 
 
 if __name__ == "__main__":

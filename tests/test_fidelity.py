@@ -1,0 +1,93 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""The parts of `benchmarks/fidelity` that need neither pictures nor fonts of the system."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_grid import make_run
+from transformers import ViTConfig
+
+from tocom_hf.reports import Cost, Report
+from tocom_hf.tasks import load_labelled
+
+
+FOLDER = Path(__file__).parent.parent / "benchmarks" / "fidelity"
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    for name in ("images", "run"):
+        sys.modules.pop(name, None)
+
+
+def test_the_images_of_a_task_depend_on_the_seed_alone(tmp_path):
+    import images
+
+    for name in ("one", "same", "other"):
+        images.write_task("count", tmp_path / name, {"train": 6, "test": 4}, 48, seed=int(name == "other"))
+    first, same, other = (load_labelled(str(tmp_path / name), "train")[0] for name in ("one", "same", "other"))
+    assert [sample["image"].tobytes() for sample in first] == [sample["image"].tobytes() for sample in same]
+    assert [sample["image"].tobytes() for sample in first] != [sample["image"].tobytes() for sample in other]
+    assert first[0]["image"].size == (48, 48)
+    assert first.features["label"].names == [str(number) for number in range(1, 9)]
+    assert len(load_labelled(str(tmp_path / "one"), "test")[0]) == 4
+
+
+def components(mask):
+    """Number of connected regions, by flood fill."""
+    mask, number = mask.copy(), 0
+    while mask.any():
+        number, stack = number + 1, [tuple(np.argwhere(mask)[0])]
+        while stack:
+            row, column = stack.pop()
+            if 0 <= row < mask.shape[0] and 0 <= column < mask.shape[1] and mask[row, column]:
+                mask[row, column] = False
+                stack += [(row + y, column + x) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    return number
+
+
+def test_the_labels_are_what_is_drawn(monkeypatch):
+    import images
+
+    monkeypatch.setattr(images, "_background", lambda size, generator: images.Image.new("RGB", (size, size)))
+    monkeypatch.setattr(images, "_contrasting", lambda canvas, generator: (255, 255, 255))
+    drawn, labels, names = images.count(12, 112, seed=0)
+    for image, label in zip(drawn, labels, strict=True):
+        assert components(np.asarray(image)[..., 0] > 0) == int(names[label])
+    monkeypatch.setattr(images, "_draw_shape", lambda draw, kind, place, *_: places.append((kind, place)))
+    for seed in range(5):
+        places = []
+        _, (label,), _ = images.position(1, 112, seed)
+        ((x, y, _),) = [place for kind, place in places if kind == "ring"]
+        assert label == 4 * int(y / 28) + int(x / 28)
+
+
+def test_the_summary_joins_seeds(tmp_path):
+    import run
+
+    for seed in (0, 1):
+        runs = [make_run(s, s, seed, 0.9) for s in (0, 4)] + [make_run(s, 4 - s, seed, 0.5, 0.7) for s in (0, 4)]
+        settings = {"dataset": "x", "checkpoints": [f"r0-seed{seed}", f"r4-seed{seed}"]}
+        Report(settings, runs, [Cost(0, 2e9), Cost(4, 1e9)]).save(tmp_path / "grids" / "count" / f"seed{seed}")
+    run.tabulate({}, tmp_path, tmp_path / "results", ["count", "not there"], [0, 1, 2])
+    content = json.loads((tmp_path / "results" / "count" / "grid.json").read_text())
+    assert [cell["checkpoints"] for cell in content["cells"]] == [2] * 4
+    moved = [cell for cell in content["cells"] if cell["source_r"] != cell["target_r"]]
+    share = sum(c["compensated"]["paper"]["gain"] for c in moved) / sum(c["gap"] for c in moved)
+    assert f"| {100 * share:.0f} % |" in (tmp_path / "results" / "summary.md").read_text()
+
+
+def test_the_configurations_fit_the_scripts():
+    import images
+
+    for path in FOLDER.glob("study_*.json"):
+        config = json.loads(path.read_text())
+        assert set(config["tasks"]) <= set(images.TASKS)
+        assert max(config["degrees"]) <= config["distillation"]["max_r"]
+        if "pretraining" in config:
+            assert ViTConfig(**config["pretraining"]["model"]).image_size == config["image_size"]
