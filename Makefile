@@ -10,10 +10,10 @@ quickstart: $(SETUP)  ## the main job on the embedded default, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
 
 test: $(SETUP)  ## all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-slow: $(SETUP)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 check: $(SETUP)  ## lint, format and types
 	$(BIN)/ruff check .
