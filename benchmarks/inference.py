@@ -36,6 +36,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--r", type=int, nargs="+", default=[4, 8, 12, 16])
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--compile", action="store_true", help="Compile all three.")
+    parser.add_argument(
+        "--attn_implementation",
+        default="sdpa",
+        help="Of dense and ours, e.g. flash_attention_2; the reference has its own.",
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--min_fraction", type=float, help="Fail if a fraction of the FLOP ceiling is below this.")
@@ -82,12 +87,12 @@ def measure(args, size: str, image_size: int, batch_size: int, dtype: str) -> li
     # random images with some structure: neighbouring patches resemble each other, as in photographs
     coarse = torch.randn(batch_size, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     pixel_values = torch.nn.functional.interpolate(coarse, (image_size, image_size), mode="bicubic").to(device, kind)
-    dense = make_model(size, image_size).to(device, kind)
+    dense = make_model(size, image_size, args.attn_implementation).to(device, kind)
 
-    def clone() -> ViTForImageClassification:
+    def clone(attention: str = "sdpa") -> ViTForImageClassification:
         """A model on the same weights, so that no variant has the luckier memory."""
         with torch.device("meta"):
-            model = make_model(size, image_size)
+            model = make_model(size, image_size, attention)
         model.load_state_dict(dense.state_dict(), assign=True)
         return model
 
@@ -95,7 +100,7 @@ def measure(args, size: str, image_size: int, batch_size: int, dtype: str) -> li
     for r in args.r:
         variants[f"reference {r}"] = apply_reference_tome(clone(), r)
         variants[f"fused {r}"] = apply_reference_tome(clone(), r, fused_attention=True)
-        variants[f"ours {r}"] = apply_tome(clone(), r)
+        variants[f"ours {r}"] = apply_tome(clone(args.attn_implementation), r)
     for name, model in variants.items():
         if args.compile:
             variants[name] = torch.compile(model, mode="max-autotune-no-cudagraphs" if device.type == "cuda" else None)
@@ -145,6 +150,7 @@ def write_table(rows: list[dict], args, path: Path) -> None:
         f"# Merged inference, {datetime.date.today().isoformat()}",
         "",
         f"{describe_device(args.device)}; torch {torch.__version__}; {'compiled' if args.compile else 'eager'}; "
+        f"{args.attn_implementation}; "
         f"{args.rounds} interleaved rounds, medians of the ratios of each round. `python {' '.join(sys.argv)}`",
         "",
         "| " + " | ".join(header) + " |",
