@@ -11,7 +11,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from .training_state import Checkpoint
 logger = logging.get_logger(__name__)
 
 _BUCKETS = 4  # of |m - n|, for the figures
+_RECENT = 200  # steps that the figures on the way are means of
 
 
 class Training:
@@ -85,7 +87,9 @@ class Training:
             **facts,
         }
         self.step, self.skipped = 0, 0
-        self.loss_sums, self.loss_counts = [0.0] * _BUCKETS, [0] * _BUCKETS
+        self.loss_sum, self.loss_count = 0.0, 0
+        # distance |m - n| and loss of the last steps
+        self.recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)
 
     def run(self, resume: tuple[Path, Checkpoint] | None = None) -> dict[str, Any]:
         """Train to the end.
@@ -113,7 +117,7 @@ class Training:
             "steps": self.steps,
             "global_batch_size": self.global_batch,
             "skipped_steps": self.skipped,
-            "mean_loss": sum(self.loss_sums) / max(sum(self.loss_counts), 1),
+            "mean_loss": self.loss_sum / max(self.loss_count, 1),
             "loss_by_distance": self._loss_by_distance(),
         }
         if self.eval_dataset is not None:
@@ -179,10 +183,9 @@ class Training:
             self.step += 1
             bar.update()
             if finite:
-                distance = abs(pairs[0][0] - pairs[0][1])
-                bucket = (distance - 1) * _BUCKETS // args.max_r
-                self.loss_sums[bucket] += value
-                self.loss_counts[bucket] += 1
+                self.recent.append((abs(pairs[0][0] - pairs[0][1]), value))
+                self.loss_sum += value
+                self.loss_count += 1
             if self.step % args.logging_steps == 0 or self.step == self.steps:
                 now = time.perf_counter()
                 speed = (self.step - logged) * self.global_batch / (now - since)
@@ -225,12 +228,14 @@ class Training:
         return floor + (self.peak - floor) * (1 + math.cos(math.pi * step / self.steps)) / 2
 
     def _loss_by_distance(self) -> dict[str, float]:
-        """Mean loss by the distance |m - n| of the degrees."""
-        figures, max_r = {}, self.args.max_r
-        for bucket, (total, count) in enumerate(zip(self.loss_sums, self.loss_counts, strict=True)):
+        """Mean loss of the last steps by the distance |m - n| of their degrees."""
+        max_r, buckets = self.args.max_r, defaultdict(list)
+        for distance, loss in self.recent:
+            buckets[(distance - 1) * _BUCKETS // max_r].append(loss)
+        figures = {}
+        for bucket in sorted(buckets):
             inside = [d for d in range(1, max_r + 1) if (d - 1) * _BUCKETS // max_r == bucket]
-            if count:
-                figures[f"{inside[0]}-{inside[-1]}"] = total / count
+            figures["-".join(map(str, dict.fromkeys((inside[0], inside[-1]))))] = _mean(buckets[bucket])
         return figures
 
     def _progress_bar(self) -> tqdm:
@@ -242,11 +247,12 @@ class Training:
         )
 
     def _log(self, bar: tqdm, rate: float, norm: float, speed: float) -> None:
-        mean = sum(self.loss_sums) / max(sum(self.loss_counts), 1)
-        by_distance = {f"loss/distance_{name}": value for name, value in self._loss_by_distance().items()}
+        mean, by_distance = _mean(loss for _, loss in self.recent), self._loss_by_distance()
         figures = {"loss": mean, "learning_rate": rate, "grad_norm": norm, "images_per_second": speed}
-        self.accelerator.log({**figures, **by_distance, "skipped_steps": self.skipped}, step=self.step)
-        bar.set_postfix_str(f"loss {mean:.4g}, lr {rate:.1e}, {speed:.1f} images/s")
+        figures |= {f"loss/distance_{name}": value for name, value in by_distance.items()}
+        self.accelerator.log({**figures, "skipped_steps": self.skipped}, step=self.step)
+        parts = " ".join(f"{name}:{value:.3g}" for name, value in by_distance.items())
+        bar.set_postfix_str(f"loss {mean:.3g} (|m-n| {parts}), lr {rate:.1e}, {speed:.1f} images/s")
 
     def _log_agreement(self) -> None:
         grid = self.measure_agreement()
@@ -267,8 +273,9 @@ class Training:
             scaler = self.accelerator.scaler
             progress = {
                 "skipped": self.skipped,
-                "loss_sums": self.loss_sums,
-                "loss_counts": self.loss_counts,
+                "loss_sum": self.loss_sum,
+                "loss_count": self.loss_count,
+                "recent": list(self.recent),
                 "streams": streams,
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
@@ -295,7 +302,8 @@ class Training:
         if self.accelerator.scaler is not None and progress["scaler"]:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         self.step, self.skipped = checkpoint.step, progress["skipped"]
-        self.loss_sums, self.loss_counts = list(progress["loss_sums"]), list(progress["loss_counts"])
+        self.loss_sum, self.loss_count = progress["loss_sum"], progress["loss_count"]
+        self.recent.extend((distance, loss) for distance, loss in progress["recent"])
         logger.warning("Going on from %s, step %d of %d.", folder, self.step, self.steps)
         return StreamState.from_list(progress["streams"][self.accelerator.process_index % len(progress["streams"])])
 
@@ -307,6 +315,11 @@ class Training:
             else "Without an output_dir nothing was kept."
         )
         raise DistillationInterrupted(f"Stopped by {name} after step {self.step} of {self.steps}. {where}", signum)
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / max(len(values), 1)
 
 
 class _StopSignal(contextlib.AbstractContextManager):
