@@ -115,14 +115,19 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", 2]
 )
 def test_distil_on_real_images(tmp_path, monkeypatch, launch, processes):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    code, _, errors = run(
-        *launch, ROOT / "examples/distill.py", "--model_name_or_path", CHECKPOINT, "--dataset_name", IMAGES,
+    code, output, errors = run(
+        *launch, ROOT / "examples/distill.py", "--preset", "paper", "--eval_degrees", 0, 8,
+        "--model_name_or_path", CHECKPOINT, "--dataset_name", IMAGES,
         "--dataset_split", "test", "--max_train_samples", 64, "--per_device_train_batch_size", 16 // processes,
         "--num_train_epochs", 1, "--learning_rate", 0.03, "--output_dir", tmp_path / "set", cwd=tmp_path,
     )  # fmt: skip
     assert code == 0, errors
     plugins = PluginSet.from_pretrained(tmp_path / "set")
-    assert plugins.config.training["steps"] == 4
+    assert plugins.config.training["steps"] == 3  # of 64 images, 6 are held out
+    assert plugins.config.training["mixup"] == 0.8
+    assert plugins.config.training["agreement"]["degrees"] == [0, 8]
+    assert (tmp_path / "set" / "agreement.png").read_bytes().startswith(b"\x89PNG")
+    assert "teacher m \\ student n" in output
     assert plugins.config.training["num_processes"] == processes
     model = TocomModel.from_pretrained(CHECKPOINT, plugins=plugins, target_r=16)
     assert model.target_r == 16

@@ -121,7 +121,7 @@ def distill(
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "num_processes": accelerator.num_processes,
             "mixed_precision": accelerator.mixed_precision,
-            "device": _describe_device(accelerator.device),
+            "hardware": _describe_device(accelerator.device),
             "num_images": num_images,
             **figures,
             **(training_facts or {}),
