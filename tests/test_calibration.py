@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 from conftest import make_model, make_plugins
 from families import FAMILIES, clip
+from transformers.utils import logging
 
 from tocom_hf import (
     ArgumentError,
@@ -115,6 +116,17 @@ def test_the_vision_side_of_clip_is_measured_alone():
 def test_seconds_are_spent_on_rounds(model):
     assert quick(model).rounds == 1
     assert quick(model, seconds=0.2).rounds > 1
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_progress_bar_is_that_of_transformers(model, capsys, enabled):
+    was_enabled = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if enabled else logging.disable_progress_bar)()
+    try:
+        quick(model, progress=True)
+    finally:
+        (logging.enable_progress_bar if was_enabled else logging.disable_progress_bar)()
+    assert ("calibrating 3 degrees: 100%" in capsys.readouterr().err) == enabled
 
 
 def test_it_moves_to_the_device_and_back(model, monkeypatch):

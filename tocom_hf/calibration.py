@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -380,11 +381,13 @@ def _measure(
         run_round()
         for warm_up in times.values():
             warm_up.clear()
-        start, share = time.perf_counter(), 0.0
-        while share < 1:
+        start, percent = time.perf_counter(), 0
+        while percent < 100:
             run_round()
             share = (time.perf_counter() - start) / seconds if seconds > 0 else 1
-            bar.update(min(100, round(100 * share)) - bar.n if progress else 0)
+            now = min(100, math.floor(100 * share))
+            bar.update(now - percent)
+            percent = now
     return times
 
 
