@@ -31,7 +31,7 @@ import uvicorn
 from degree_policy import DegreePolicy
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from transformers import AutoImageProcessor
 
@@ -191,6 +191,8 @@ def decode(data: bytes) -> Image.Image:
         if image.width * image.height > MAX_PIXELS:
             raise HTTPException(413, f"The image has {image.size} pixels; {MAX_PIXELS} in all are the limit.")
         return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise HTTPException(400, "The body is not an image of a known format.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise HTTPException(400, f"The body is not an image that can be read: {error}") from error
 

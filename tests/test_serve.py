@@ -190,7 +190,7 @@ def test_several_images_in_one_request(loaded):
     ("body", "content_type", "status", "message"),
     [
         (b"", "image/png", 400, "empty"),
-        (b"not an image", "image/png", 400, "not an image"),
+        (b"not an image", "image/png", 400, "known format"),
         (png()[:-300], "image/png", 400, "not an image"),
         (b"{", "application/json", 400, "Expected"),
         (b"[]", "application/json", 400, "Expected"),

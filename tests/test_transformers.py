@@ -17,6 +17,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForImageClassification,
+    BitsAndBytesConfig,
+    TorchAoConfig,
     Trainer,
     TrainingArguments,
     ViTImageProcessorPil,
@@ -243,6 +245,34 @@ def test_a_quantised_model_is_refused_and_a_composed_one_can_be_quantised(model,
     assert 0 < error < 0.2
     with pytest.raises(UnsupportedModelError, match="Compose before quantising"):
         small.set_target_r(2)
+
+
+def torchao_config():
+    quantization = pytest.importorskip("torchao.quantization")
+    return TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+
+def bitsandbytes_config():
+    pytest.importorskip("bitsandbytes")
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+@pytest.mark.parametrize("make_config", [torchao_config, bitsandbytes_config])
+def test_loading_quantised_is_refused(checkpoint, plugins, make_config):
+    """Where the libraries are installed; `make test` does not need them."""
+    config = make_config()
+    with pytest.raises(UnsupportedModelError, match="Compose before quantising"):
+        TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=4, quantization_config=config)
+
+
+def test_a_composed_model_is_quantised_by_torchao(model, plugins, pixel_values):
+    quantization = pytest.importorskip("torchao.quantization")
+    composed = TocomModel.from_pretrained(model, plugins=plugins, source_r=0, target_r=4)
+    expected = logits(composed, pixel_values)
+    quantization.quantize_(composed, quantization.Int8WeightOnlyConfig())
+    assert (logits(composed, pixel_values) - expected).norm() < 0.2 * expected.norm()
+    with pytest.raises(UnsupportedModelError, match="Compose before quantising"):
+        composed.set_target_r(2)
 
 
 LORA = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "fc1"], "init_lora_weights": False}
