@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow check format clean
+.PHONY: quickstart test test-slow fuzz faults check audit format clean
 
 quickstart: $(SETUP)  ## the main job on the embedded default, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
@@ -15,10 +15,22 @@ test: $(SETUP)  ## all tests but the slow ones
 test-slow: $(SETUP)  ## the tests that take minutes
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
-check: $(SETUP)  ## lint, format and types
+fuzz: $(SETUP)  ## hostile files and the algebra of plugins, over thousands of drawn cases
+	FUZZ_EXAMPLES=2500 $(BIN)/python -m pytest --hypothesis-show-statistics tests/test_fuzz.py tests/test_properties.py
+
+faults: $(SETUP)  ## inject every fault anew, and write the table in SECURITY.md
+	$(BIN)/python tests/fault_table.py
+
+check: $(SETUP) audit  ## lint, format, types and known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the pinned versions against the advisories of PyPI; skipped, and said so, where those cannot be had
+audit: $(SETUP)
+	@if $(BIN)/python -c "import urllib.request as u; u.urlopen('https://pypi.org/pypi/pip/json', timeout=5)" 2>/dev/null; \
+	then $(BIN)/pip-audit --disable-pip --no-deps --requirement constraints.txt; \
+	else echo "pip-audit skipped: no network"; fi
 
 format: $(SETUP)
 	$(BIN)/ruff check --fix .

@@ -1,9 +1,5 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-import os
-
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import hub_listener  # isort: skip  # noqa: F401  # before anything imports huggingface_hub
 import pytest
 import torch
 from transformers import (

@@ -2,7 +2,6 @@
 import copy
 import json
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -264,32 +263,6 @@ def test_overrides_of_the_configuration_pass_through(checkpoint, plugins):
     assert model.dtype == torch.float64
     same = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=3, config=str(checkpoint))
     assert same.target_r == 3
-
-
-@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
-def test_pushing_uploads_the_plugins_too(checkpoint, plugins, tmp_path, monkeypatch, way):
-    uploaded = {}
-
-    class Hub:
-        def __init__(self, token=None):
-            assert token == "secret"
-
-        def create_repo(self, repo_id, private=None, exist_ok=False):
-            return type("Repo", (), {"repo_id": repo_id})
-
-        def upload_folder(self, repo_id, folder_path, **kwargs):
-            names = {str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()}
-            uploaded[repo_id] = names
-            return type("Commit", (), {"commit_url": "address"})
-
-    monkeypatch.setattr("tocom_hf.files.HfApi", Hub)
-    model = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=3)
-    if way == "push_to_hub":
-        assert model.push_to_hub("user/model", token="secret", private=True) == "address"
-    else:
-        model.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="user/model", token="secret")
-    assert {"config.json", "model.safetensors", "tocom_plugins/tocom_config.json"} < uploaded["user/model"]
-    assert "tocom_plugins/P_5_6/adapter_model.safetensors" in uploaded["user/model"]
 
 
 def test_a_checkpoint_of_another_class_is_refused(checkpoint, plugins):

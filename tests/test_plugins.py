@@ -11,6 +11,7 @@ from transformers import AutoModel
 
 from tocom_hf import (
     BackboneMismatchError,
+    HubError,
     PluginFileError,
     PluginSet,
     TocomModel,
@@ -19,7 +20,7 @@ from tocom_hf import (
     save_composite,
 )
 from tocom_hf.architectures import find_backbone
-from tocom_hf.files import write_folder
+from tocom_hf.folders import write_folder
 
 
 @pytest.fixture
@@ -106,8 +107,18 @@ def test_unknown_keys_survive_a_round_trip(folder, tmp_path):
         (lambda f: (f / "tocom_config.json").write_text("[]"), "JSON object"),
         (lambda f: edit_json(f / "tocom_config.json", format_version=99), "pip install -U"),
         (lambda f: edit_json(f / "tocom_config.json", rank="2"), "'rank' has the wrong type"),
-        (lambda f: edit_json(f / "tocom_config.json", max_r=0), "min_r < max_r"),
-        (lambda f: edit_json(f / "tocom_config.json", recommended_scale=float("nan")), "finite"),
+        (lambda f: edit_json(f / "tocom_config.json", max_r=0), "max_r must be from 1"),
+        (lambda f: edit_json(f / "tocom_config.json", min_r=6), "min_r < max_r"),
+        (lambda f: edit_json(f / "tocom_config.json", max_r=10**9), "max_r must be from"),
+        (lambda f: edit_json(f / "tocom_config.json", merging={"proportional_attention": 1}), "true or false"),
+        (lambda f: edit_json(f / "tocom_config.json", evaluation=["x"]), "'evaluation'"),
+        (lambda f: (f / "tocom_config.json").write_text("[" * 100_000), "not valid JSON"),
+        (lambda f: (f / "tocom_config.json").write_text('{"a": ' + "9" * 5000 + "}"), "not valid JSON"),
+        (lambda f: (f / "tocom_config.json").write_bytes(b" " * (2**24 + 1)), "at most"),
+        (
+            lambda f: edit_json(f / "tocom_config.json", recommended_scale=float("nan")),
+            "recommended_scale must be from",
+        ),
         (lambda f: shorten_sketch(f / "tocom_config.json"), "'sketch'"),
         (lambda f: edit_json(f / "tocom_config.json", backbone=None), "expected a JSON object"),
     ],
@@ -204,7 +215,9 @@ def test_a_file_in_the_way_of_a_folder_is_named(plugins, tmp_path):
         plugins.save_pretrained(tmp_path / "set")
 
 
-@pytest.mark.parametrize("name", ["no such/../folder", "nobody/nothing"])
-def test_what_is_neither_folder_nor_hub_id_is_refused(name):
-    with pytest.raises(PluginFileError):
+@pytest.mark.parametrize(
+    ("name", "error"), [("no such/../folder", PluginFileError), ("nobody/nothing", HubError)], ids=["folder", "id"]
+)
+def test_what_is_neither_folder_nor_hub_id_is_refused(name, error):
+    with pytest.raises(error):
         PluginSet.from_pretrained(name, local_files_only=True)

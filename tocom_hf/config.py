@@ -2,7 +2,7 @@
 """`tocom_config.json`: what a plugin set is for, and how it was made."""
 
 import json
-import math
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ import torch
 from .architectures import ARCHITECTURES, Backbone, unsupported
 from .errors import BackboneMismatchError, PluginFileError
 from .files import read_json
+from .version import __version__
 
 
 CONFIG_NAME = "tocom_config.json"
 FORMAT_VERSION = 1
+_LIMIT = 65_536  # of degrees, layers and sizes; far above any model's, and small enough to loop over
 _SKETCH_SIZE = 16  # samples per layer
 _MIN_COSINE = 0.5  # fine-tuning leaves the sketch above 0.9, another model's is within 0.3 of zero
 
@@ -83,6 +85,10 @@ class PluginSetConfig:
         recommended_scale: The factor s to use; picked on held-out data, else `trained_scale`.
         merging: Settings of token merging that the set was distilled with.
         training: What distillation recorded: data set, arguments, figures.
+        evaluation: Measured results of checkpoints with the set, one dictionary per data set and pair of degrees:
+            `dataset`, `source_r`, `target_r`, the accuracies `plain` and `tocom` in [0, 1], and their `standard_error`;
+            where known also `dataset_id` (on the Hub), `split`, `scale`, `checkpoint`.
+        license: Identifier of the set's licence on the Hub, such as `apache-2.0`.
         extra: Keys of a file that this version does not know. They survive a round trip.
     """
 
@@ -96,12 +102,16 @@ class PluginSetConfig:
     recommended_scale: float = 0.1
     merging: dict[str, Any] = field(default_factory=lambda: {"proportional_attention": True})
     training: dict[str, Any] = field(default_factory=dict)
+    evaluation: list[dict[str, Any]] = field(default_factory=list)
+    license: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_json_file(self, path: Path) -> None:
         content = asdict(self)
         extra = content.pop("extra")
-        text = json.dumps({"format_version": FORMAT_VERSION, **content, **extra}, indent=2) + "\n"
+        # the version lets an older package say which one to upgrade to
+        header = {"format_version": FORMAT_VERSION, "tocom_hf_version": __version__}
+        text = json.dumps({**header, **extra, **content}, indent=2) + "\n"
         path.write_text(text, encoding="utf-8")
 
     @classmethod
@@ -114,27 +124,31 @@ class PluginSetConfig:
         """
         content = read_json(path)
         version = content.pop("format_version", None)
-        if version != FORMAT_VERSION:
+        if isinstance(version, bool) or version != FORMAT_VERSION:
             raise PluginFileError(
-                f"{path} has format_version {version!r}; this tocom_hf reads version {FORMAT_VERSION}. "
-                "Upgrade with `pip install -U tocom-hf` if the number is larger."
+                f"{path} has format_version {version!r:.50}; this tocom_hf, {__version__}, reads version "
+                f"{FORMAT_VERSION}. {_upgrade(content)}"
             )
         backbone = _checked(path, content.pop("backbone", None), _BACKBONE_TYPES)
         if backbone["model_type"] not in ARCHITECTURES:
-            raise unsupported(backbone["model_type"])
-        facts = BackboneFacts(**{**backbone, "sketch": tuple(backbone["sketch"])})
-        values = _checked(path, content, _CONFIG_TYPES)
-        extra = {key: value for key, value in content.items() if key not in _CONFIG_TYPES}
-        config = cls(backbone=facts, extra=extra, **values)
-        if not 0 <= config.min_r < config.max_r:
-            raise PluginFileError(f"{path}: expected 0 <= min_r < max_r, found {config.min_r} and {config.max_r}.")
-        if config.rank < 1 or facts.num_hidden_layers < 1 or facts.hidden_size < 1:
-            raise PluginFileError(f"{path}: rank, num_hidden_layers and hidden_size must be positive.")
-        if len(facts.sketch) != _SKETCH_SIZE * facts.num_hidden_layers or not _finite(*facts.sketch):
+            raise unsupported(backbone["model_type"][:100])
+        values = _checked(path, {**_OPTIONAL, **content}, _CONFIG_TYPES)
+        numbers = {**backbone, **values}
+        for name, (low, high) in _RANGES.items():
+            if not low <= numbers[name] <= high:
+                raise PluginFileError(f"{path}: {name} must be from {low} to {high}, found {numbers[name]!r:.50}.")
+        if values["min_r"] >= values["max_r"]:
+            raise PluginFileError(f"{path}: expected min_r < max_r, found {values['min_r']} and {values['max_r']}.")
+        if not isinstance(values["merging"].get("proportional_attention", True), bool):
+            raise PluginFileError(f"{path}: merging.proportional_attention must be true or false.")
+        if not all(isinstance(entry, dict) for entry in values["evaluation"]):
+            raise PluginFileError(f"{path}: 'evaluation' must be a list of JSON objects.")
+        sketch = backbone["sketch"]
+        if len(sketch) != _SKETCH_SIZE * backbone["num_hidden_layers"] or not all(map(_is_number, sketch)):
             raise PluginFileError(f"{path}: 'sketch' must be a list of {_SKETCH_SIZE} finite numbers for each layer.")
-        if not _finite(config.trained_scale, config.recommended_scale):
-            raise PluginFileError(f"{path}: trained_scale and recommended_scale must be finite numbers.")
-        return config
+        known = {*_CONFIG_TYPES, "tocom_hf_version"}
+        extra = {key: value for key, value in content.items() if key not in known}
+        return cls(backbone=BackboneFacts(**{**backbone, "sketch": tuple(sketch)}), extra=extra, **values)
 
 
 _NUMBER, _OPTIONAL_TEXT = (int, float), (str, type(None))
@@ -144,25 +158,40 @@ _BACKBONE_TYPES = {
 }  # fmt: skip
 _CONFIG_TYPES = {
     "base_model": _OPTIONAL_TEXT, "base_model_revision": _OPTIONAL_TEXT, "min_r": int, "max_r": int, "rank": int,
-    "trained_scale": _NUMBER, "recommended_scale": _NUMBER, "merging": dict, "training": dict,
+    "trained_scale": _NUMBER, "recommended_scale": _NUMBER, "merging": dict, "training": dict, "evaluation": list,
+    "license": _OPTIONAL_TEXT,
 }  # fmt: skip
+_OPTIONAL: dict[str, Any] = {"evaluation": [], "license": None}  # keys that older files lack
+_RANGES = {
+    "hidden_size": (1, _LIMIT), "num_hidden_layers": (1, _LIMIT), "num_attention_heads": (1, _LIMIT),
+    "min_r": (0, _LIMIT), "max_r": (1, _LIMIT), "rank": (1, _LIMIT), "trained_scale": (-1e6, 1e6),
+    "recommended_scale": (-1e6, 1e6),
+}  # fmt: skip
+
+
+def _upgrade(content: dict[str, Any]) -> str:
+    """What to install, going by the version that a file of another format says it needs."""
+    wanted = content.get("tocom_hf_version")
+    if isinstance(wanted, str) and re.fullmatch(r"[0-9][0-9a-z.+]{0,30}", wanted):
+        return f"Upgrade with `pip install -U 'tocom-hf>={wanted}'`."
+    return "Upgrade with `pip install -U tocom-hf` if the number is larger."
 
 
 def _checked(path: Path, content: Any, types: dict[str, Any]) -> dict[str, Any]:
     """The entries of a JSON object that `types` lists, all of which must be there and of that type."""
     if not isinstance(content, dict):
-        raise PluginFileError(f"{path}: expected a JSON object with {', '.join(types)}, found {content!r}.")
+        raise PluginFileError(f"{path}: expected a JSON object with {', '.join(types)}, found {content!r:.100}.")
     for key, wanted in types.items():
         if key not in content:
             raise PluginFileError(f"{path} lacks {key!r}. Download or copy the plugin set again.")
         value = content[key]
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not object):
-            raise PluginFileError(f"{path}: {key!r} has the wrong type, found {value!r}.")
+            raise PluginFileError(f"{path}: {key!r} has the wrong type, found {value!r:.100}.")
     return {key: content[key] for key in types}
 
 
-def _finite(*values: Any) -> bool:
-    return all(isinstance(value, _NUMBER) and math.isfinite(value) for value in values)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, _NUMBER) and not isinstance(value, bool) and abs(value) < 1e30  # false for NaN
 
 
 def _as_json(value: Any) -> Any:

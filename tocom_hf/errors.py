@@ -48,7 +48,19 @@ class BackboneMismatchError(TocomError, ValueError):
 
 
 class PluginFileError(TocomError, OSError):
-    """A file of a plugin set is missing, truncated, or not what its configuration promises."""
+    """A file of a plugin set or a checkpoint is missing, damaged, or not what its configuration promises."""
+
+
+class HubError(TocomError, OSError):
+    """The Hugging Face Hub refused or failed a request, or cannot be reached.
+
+    Attributes:
+        status_code: The HTTP status of its answer, or `None` where there was none.
+    """
+
+    def __init__(self, message: str, status_code: int | None = None):
+        super().__init__(message)
+        self.status_code = status_code
 
 
 class DatasetError(TocomError, ValueError):

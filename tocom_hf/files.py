@@ -1,141 +1,146 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""Reading from a local folder or the Hub alike, and writing a folder all or nothing."""
+"""Reading files from a local folder or the Hub alike, none of which is trusted."""
 
 import contextlib
+import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download
 
 from .errors import PluginFileError
+from .folders import FolderChangedError, generation, require_inside, require_relative
+from .hub import translated_errors
+
+
+MAX_JSON_BYTES = 16 * 2**20
+DOWNLOAD_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A local folder, or a repository on the Hub at one fixed commit.
+    """A local folder in one state, or a repository on the Hub at one fixed commit.
 
     Attributes:
         name: The folder's path or the Hub id, as the user gave it.
         folder: The local folder, or `None` for the Hub.
+        probe: A file that the repository must have, and that every save replaces.
         subfolder: Where in the repository its files are.
         download: Arguments for `hf_hub_download`.
+        generation: The state of a local folder when it was opened.
+        fetched: The files that have come from the Hub and were checked, by name.
     """
 
     name: str
     folder: Path | None
+    probe: str
     subfolder: str = ""
     download: dict[str, Any] = field(default_factory=dict)
+    generation: tuple[int, ...] = ()
+    fetched: dict[str, Path] = field(default_factory=dict)
 
     @classmethod
     def open(cls, name: str | Path, *, probe: str, subfolder: str = "", **download: Any) -> "Repository":
         """Find a repository by a file that it must have; on the Hub, fix the commit that this file came from.
 
+        Args:
+            name: Local folder or Hub id.
+            probe: The file.
+            subfolder: Where in the repository its files are.
+            **download: `revision`, `cache_dir`, `token`, `local_files_only` and `force_download` of `hf_hub_download`.
+
         Raises:
-            PluginFileError: if the folder or the repository is not there, or lacks the file.
+            PluginFileError: if the folder or the repository lacks the file.
+            HubError: if the Hub refuses or fails the request, or cannot be reached.
         """
+        require_relative(subfolder, "subfolder")
         if Path(name).is_dir():
-            repository = cls(str(name), Path(name) / subfolder)
+            folder = Path(name) / subfolder
+            repository = cls(str(name), folder, probe, subfolder)
             repository.path(probe)
-            return repository
-        repository = cls(str(name), None, subfolder, download)
+            return cls(str(name), folder, probe, subfolder, generation=generation(folder, probe))
+        repository = cls(str(name), None, probe, subfolder, download)
         commit = _commit_of(repository.path(probe))
-        return repository if commit is None else cls(str(name), None, subfolder, {**download, "revision": commit})
+        download = {**download, "revision": commit or download.get("revision")}
+        return cls(str(name), None, probe, subfolder, download, fetched=repository.fetched)
 
     def path(self, filename: str) -> Path:
-        """The local path of one file, downloaded if need be.
+        """The local path of one file, downloaded if need be and checked to be what the Hub announced.
 
         Raises:
-            PluginFileError: if it is not there or cannot be fetched.
+            PluginFileError: if it is not there, leaves the folder, or arrived damaged.
+            HubError: if the Hub refuses or fails the request, or cannot be reached.
         """
+        require_relative(filename, "file name")
         if self.folder is not None:
             path = self.folder / filename
+            require_inside(path, Path(self.name))
             if not path.is_file():
-                raise PluginFileError(f"{path} is missing. Expected a folder written by PluginSet.save_pretrained.")
+                raise PluginFileError(f"{path} is missing. Expected a folder written by save_pretrained.")
             return path
-        where = f"{filename} of {self.name!r}"
-        try:
-            return Path(hf_hub_download(self.name, filename, subfolder=self.subfolder or None, **self.download))
-        except HFValidationError as error:
-            raise PluginFileError(f"{self.name!r} is neither a local folder nor a valid Hub id: {error}") from error
-        except LocalEntryNotFoundError as error:
-            raise PluginFileError(f"{where} is not in the cache and the Hub cannot be reached: {error}") from error
-        except EntryNotFoundError as error:
-            raise PluginFileError(f"{where} is not in the repository: {error}") from error
-        except (HfHubHTTPError, OSError) as error:
-            raise PluginFileError(f"{where} could not be fetched from the Hub: {error}") from error
+        if filename not in self.fetched:
+            with translated_errors(f"Loading {filename} of {self.name!r}", self.name, self.download.get("revision")):
+                path = Path(hf_hub_download(self.name, filename, subfolder=self.subfolder or None, **self.download))
+            _verify_checksum(path)
+            self.fetched[filename] = path
+        return self.fetched[filename]
+
+    def require_unchanged(self) -> None:
+        """Raise `FolderChangedError` if a local folder was saved anew since it was opened."""
+        if self.folder is not None and generation(self.folder, self.probe) != self.generation:
+            raise FolderChangedError(f"{self.folder} was saved anew after it had been opened. Load it again.")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        PluginFileError: if the file does not hold one.
+        PluginFileError: if the file does not hold one, or is larger than any that this package writes.
     """
+    advice = "Download or copy the plugin set again."
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise PluginFileError(f"{path} has {size} bytes, expected at most {MAX_JSON_BYTES}. {advice}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PluginFileError(f"{path} is not valid JSON: {error}. Download or copy the plugin set again.") from error
+    except (ValueError, RecursionError) as error:
+        raise PluginFileError(f"{path} is not valid JSON: {error}. {advice}") from error
     if not isinstance(content, dict):
-        raise PluginFileError(
-            f"{path} must hold a JSON object, found {type(content).__name__}. Download or copy the plugin set again."
-        )
+        raise PluginFileError(f"{path} must hold a JSON object, found {type(content).__name__}. {advice}")
     return content
-
-
-@contextlib.contextmanager
-def write_folder(directory: str | Path) -> Iterator[Path]:
-    """Write files beside `directory` and move them into it when the block ends; after an exception nothing has changed.
-
-    Entries of the same name are replaced, others stay.
-    """
-    target = Path(directory)
-    if target.exists() and not target.is_dir():
-        raise PluginFileError(f"{target} is a file; expected a folder to write to.")
-    target.mkdir(parents=True, exist_ok=True)
-    # inside the target, because moving is atomic only within one file system
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=target) as temporary:
-        fresh, old = Path(temporary, "new"), Path(temporary, "old")
-        fresh.mkdir()
-        old.mkdir()
-        yield fresh
-        # files last: the configuration of a set appears only after all that it lists
-        for entry in sorted(fresh.iterdir(), key=lambda entry: (entry.is_file(), entry.name)):
-            destination = target / entry.name
-            if destination.is_dir():
-                shutil.move(destination, old / entry.name)
-            os.replace(entry, destination)
-
-
-PUSH_ARGUMENTS = ("private", "token", "revision", "commit_message", "create_pr")
-
-
-def upload_folder(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    commit_message: str = "Upload with tocom_hf",
-    create_pr: bool = False,
-) -> str:
-    """Upload a folder to the Hub in one commit, making the repository if need be. Returns the address of the commit."""
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    commit = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message, create_pr=create_pr
-    )
-    return commit.commit_url
 
 
 def _commit_of(path: Path) -> str | None:
     """The commit in the cache path of a downloaded file: `.../snapshots/<commit>/...`."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+
+
+def _verify_checksum(path: Path) -> None:
+    """Compare a file in the cache with the hash that the Hub announced, which its blob is named by.
+
+    huggingface_hub compares sizes only. Where its cache has no links (Windows), there is nothing to compare with.
+    """
+    if not path.is_symlink():
+        return
+    blob = path.parent / path.readlink()
+    if re.fullmatch("[0-9a-f]{64}", blob.name):  # a large file: the SHA-256 of its content
+        digest = hashlib.sha256()
+    elif re.fullmatch("[0-9a-f]{40}", blob.name):  # a small one: its id in git
+        digest = hashlib.sha1(f"blob {blob.stat().st_size}\0".encode(), usedforsecurity=False)
+    else:
+        return
+    with blob.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    if digest.hexdigest() != blob.name:
+        for damaged in (path, blob):
+            with contextlib.suppress(OSError):
+                damaged.unlink()
+        raise PluginFileError(
+            f"{path.name} arrived damaged: its checksum is {digest.hexdigest()[:12]}..., the Hub announced "
+            f"{blob.name[:12]}... . The damaged copy was removed from the cache; load it again."
+        )

@@ -4,51 +4,31 @@
 import contextlib
 import copy
 import os
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers import PreTrainedModel
 
-from .architectures import Backbone, find_backbone, supported_types, unsupported
+from .architectures import find_backbone
 from .budget import Budget
 from .calibration import Calibration, choose_degree
-from .composition import Composite, require_scale
-from .errors import BudgetError, ComposedWeightsError, DegreeError, UnsupportedModelError
-from .files import PUSH_ARGUMENTS, upload_folder
-from .merging import require_degree
-from .patching import apply_tome
-from .plugins import PluginSet
+from .cards import CARD_NAME, checkpoint_card
+from .checkpoints import CHECKPOINT_FILES
+from .composition import require_scale
+from .errors import BudgetError
+from .folders import scratch_folder, write_folder
+from .folding import TocomState, compose, composed, copy_weights, live_weights, verified_source_weights
+from .hub import PUSH_ARGUMENTS, upload_folder
+from .loading import PLUGINS_FOLDER, load
+from .locks import ReadersWriterLock, SwitchLock
+from .patching import apply_tome, get_schedule, remove_tome
+from .plugins import PLUGIN_FILES, PluginSet
 
 
-PLUGINS_FOLDER = "tocom_plugins"
-_HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
-
-
-@dataclass
-class TocomState:
-    """What a `TocomModel` knows beyond its transformers class.
-
-    Attributes:
-        source_r: The degree that the weights were trained at.
-        target_r: The degree that the model runs at.
-        scale: The factor s asked for, or `None` for what the plugin set recommends.
-        plugins: The plugin set, or `None` for a model that only ever runs at its source degree.
-        source_weights: The query and value weights at `source_r` by layer path in the backbone; empty while the model
-            runs at that degree.
-    """
-
-    source_r: int
-    target_r: int
-    scale: float | None
-    plugins: PluginSet | None
-    source_weights: dict[str, torch.Tensor]
+_SAVED_FILES = (CHECKPOINT_FILES, f"{PLUGINS_FOLDER}/{PLUGIN_FILES}")
 
 
 class TocomModel(PreTrainedModel):
@@ -57,6 +37,10 @@ class TocomModel(PreTrainedModel):
     `TocomModel.from_pretrained` returns the transformers model itself, of a subclass of its class and of `TocomModel`:
     the forward pass, `pipeline`, `Trainer`, `save_pretrained` and `push_to_hub` work as they do on any model. Plugins
     are folded into the query and value weights, so they cost nothing when the model runs.
+
+    Threads may run a model while another one switches its degree: a switch waits for the calls under way, and calls see
+    the weights of one degree. That holds for `model(...)`, eager or after `model.compile()`. It does not hold for
+    `torch.compile(model)`, exported programs, `DataParallel`, and direct calls of a part of the model.
 
     Example:
 
@@ -77,6 +61,8 @@ class TocomModel(PreTrainedModel):
     """
 
     _tocom: TocomState
+    _tocom_lock: ReadersWriterLock
+    _tocom_switch: SwitchLock
 
     def __new__(cls, *args, **kwargs):
         if cls is TocomModel:
@@ -123,42 +109,28 @@ class TocomModel(PreTrainedModel):
             UnsupportedModelError: if the architecture is not supported.
             DegreeError: if a degree is missing, contradicts the configuration or is outside the plugin set.
             BackboneMismatchError: if the plugin set belongs to another backbone.
-            PluginFileError: if the plugin set cannot be read.
+            PluginFileError: if the checkpoint or the plugin set cannot be read, or is not what it should be.
+            HubError: if the Hub refuses or fails a request, or cannot be reached.
+            ArgumentError: if code or pickled weights were to be loaded (`trust_remote_code`, `use_safetensors=False`).
             BudgetError: if a wanted cost is given twice, beside `target_r`, or cannot be reached.
             CalibrationError: if the calibration cannot be read or belongs to another model.
         """
         budget = Budget.of(target_speedup, target_latency_ms, target_gflops)
         if budget is not None and target_r is not None:
             raise BudgetError(f"Give target_r or {budget.name}, not both.")
-        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
         if isinstance(pretrained_model_name_or_path, nn.Module):
             find_backbone(pretrained_model_name_or_path)  # refuses wrapped models
-        if isinstance(pretrained_model_name_or_path, PreTrainedModel):
-            config = pretrained_model_name_or_path.config
-            if kwargs:
-                raise TypeError(f"A loaded model takes no loading arguments, got {', '.join(kwargs)}.")
-        else:
-            config, kwargs = _load_config(pretrained_model_name_or_path, kwargs)
-            model_class = _model_class(config)
-        # everything that can be wrong is found before weights are loaded or changed
-        recorded = getattr(config, "tocom", None) or {}
-        source_r = _resolve_source_r(source_r, recorded)
-        target_r = recorded.get("target_r", source_r) if target_r is None else target_r
-        target_r = require_degree(target_r, "target_r")
-        scale = recorded.get("scale") if scale is None else scale
-        scale = None if scale is None else require_scale(scale)
-        plugins = _open_plugins(plugins, pretrained_model_name_or_path, recorded, hub)
-        if plugins is not None:
-            plugins.compose(source_r, target_r, scale)
-        elif source_r != target_r:
-            raise DegreeError(
-                f"Running at target_r={target_r} a checkpoint of source_r={source_r} needs plugins=... "
-                "(a Hub id, a folder or a PluginSet). For merging without compensation use apply_tome(model, r)."
-            )
-        if isinstance(pretrained_model_name_or_path, PreTrainedModel):
-            model = pretrained_model_name_or_path
-        else:
-            model = model_class.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
+        if isinstance(pretrained_model_name_or_path, PreTrainedModel) and kwargs:
+            raise TypeError(f"A loaded model takes no loading arguments, got {', '.join(kwargs)}.")
+        loaded = load(
+            pretrained_model_name_or_path,
+            plugins=plugins,
+            source_r=source_r,
+            target_r=target_r,
+            scale=scale,
+            arguments=kwargs,
+        )
+        model, source_r, target_r, scale, plugins = loaded
         if budget is not None:
             degrees = [source_r] if plugins is None else range(plugins.config.min_r, plugins.config.max_r + 1)
             target_r = choose_degree(model, budget, degrees, calibration)
@@ -195,22 +167,38 @@ class TocomModel(PreTrainedModel):
         """
         self._switch(target_r, self._tocom.scale if scale is None else require_scale(scale))
 
+    def __call__(self, *args, **kwargs):
+        # Dynamo cannot trace a lock; `model.compile()` compiles what is called from here, so it keeps it
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        with self._tocom_lock.reading():
+            return super().__call__(*args, **kwargs)
+
     def _switch(self, target_r: int, scale: float | None) -> None:
+        with self._tocom_switch:  # one switch at a time; forward calls go on while it composes
+            self._switch_alone(target_r, scale)
+
+    def _switch_alone(self, target_r: int, scale: float | None) -> None:
         state = self._tocom
-        composite = _compose(state, target_r, scale)
-        weights = _weights(find_backbone(self))
-        source_weights = self._verified_source_weights(weights)
+        composite = compose(state, target_r, scale)
+        weights = live_weights(find_backbone(self))
+        source_weights = verified_source_weights(state, weights)
         if composite is not None and composite.factors:
             source_weights = source_weights or {path: weight.detach().clone() for path, weight in weights.items()}
             fresh = {path: composite.apply(path, weight) for path, weight in source_weights.items()}
         else:
             fresh, source_weights = source_weights, {}
-        # nothing has changed so far, and nothing below can fail
-        with torch.no_grad():
-            for path, weight in fresh.items():
-                weights[path].copy_(weight)
+        # nothing has changed so far
         target_r = state.source_r if composite is None else composite.target_r
-        self._adopt(TocomState(state.source_r, target_r, scale, state.plugins, source_weights))
+        before = {path: weights[path].detach().clone() for path in fresh}
+        with self._tocom_lock.writing():
+            try:
+                copy_weights(fresh, weights)
+                self._adopt(TocomState(state.source_r, target_r, scale, state.plugins, source_weights))
+            except BaseException:
+                copy_weights(before, weights)
+                self._adopt(state)
+                raise
 
     def _adopt(self, state: TocomState) -> None:
         """Take over a new state: merge at its degree, and record it in the configuration."""
@@ -236,8 +224,9 @@ class TocomModel(PreTrainedModel):
 
         This is what fine-tuning a composed model needs before it is saved or run at another degree.
         """
-        state = self._tocom
-        self._adopt(TocomState(state.target_r, state.target_r, state.scale, state.plugins, {}))
+        with self._tocom_switch:
+            state = self._tocom
+            self._adopt(TocomState(state.target_r, state.target_r, state.scale, state.plugins, {}))
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -251,20 +240,18 @@ class TocomModel(PreTrainedModel):
 
         Takes what `PreTrainedModel.save_pretrained` takes.
         """
-        backbone = find_backbone(self)
-        source_weights = self._verified_source_weights(_weights(backbone))
-        if source_weights:
-            prefix = f"{backbone.path}." if backbone.path else ""
-            state_dict = dict(self.state_dict() if state_dict is None else state_dict)
-            state_dict |= {f"{prefix}{path}.weight": weight for path, weight in source_weights.items()}
-        plugins = self._tocom.plugins
-        if plugins is not None and is_main_process:
-            plugins.save_pretrained(Path(save_directory) / PLUGINS_FOLDER)
         push = kwargs.pop("push_to_hub", False)
-        arguments = {name: kwargs.pop(name) for name in ("repo_id", *PUSH_ARGUMENTS) if push and name in kwargs}
-        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
-        if push and is_main_process:
-            upload_folder(Path(save_directory), arguments.pop("repo_id", Path(save_directory).name), **arguments)
+        hub = {name: kwargs.pop(name) for name in ("repo_id", *PUSH_ARGUMENTS) if push and name in kwargs}
+        with self._tocom_switch:  # what is written is one degree
+            state_dict = self._source_state_dict(state_dict)
+            if not is_main_process or kwargs.get("distributed_checkpoint"):
+                # takes part in the gathering of shards; files of several writers cannot be replaced at once
+                super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+                return
+            with write_folder(save_directory, replaces=_SAVED_FILES) as folder:
+                self._write(folder, state_dict, kwargs)
+        if push:
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, "state_dict": state_dict, **kwargs, **hub})
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
         """Upload what `save_pretrained` writes, plugins included, in one commit.
@@ -277,33 +264,37 @@ class TocomModel(PreTrainedModel):
             The address of the commit.
         """
         arguments = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS if name in kwargs}
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **kwargs)
-            return upload_folder(folder, repo_id, **arguments)
+        with scratch_folder() as folder:
+            with self._tocom_switch:
+                self._write(folder, self._source_state_dict(kwargs.pop("state_dict", None)), kwargs)
+            plugins = None if self.plugins is None else self.plugins.config
+            checkpoint_card(self.config, plugins, repo_id).save(folder / CARD_NAME)
+            return upload_folder(folder, repo_id, replaces=_SAVED_FILES, keeps=[CARD_NAME], **arguments)
 
-    def _verified_source_weights(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The kept source weights, after a check that the live ones are still what was composed from them."""
-        state = self._tocom
-        for path, weight in _composed(state).items():
-            if not torch.equal(weight, weights[path]):
-                raise ComposedWeightsError(
-                    f"{path}.weight was changed while composed for target_r={state.target_r} (by training, or by "
-                    "loading a state dict?). Call model.rebase() to make the weights as they are now a checkpoint of "
-                    f"source_r={state.target_r}. To train at the source degree, call "
-                    f"model.set_target_r({state.source_r}) first."
-                )
-        return state.source_weights
+    def _write(self, folder: Path, state_dict: dict | None, arguments: dict[str, Any]) -> None:
+        super().save_pretrained(folder, True, state_dict, **arguments)
+        if self._tocom.plugins is not None:
+            self._tocom.plugins.write(folder / PLUGINS_FOLDER)
+
+    def _source_state_dict(self, state_dict: dict | None) -> dict | None:
+        """A state dict with the weights at `source_r`; `None` where that is what the model has."""
+        backbone = find_backbone(self)
+        source_weights = verified_source_weights(self._tocom, live_weights(backbone))
+        if not source_weights:
+            return state_dict
+        prefix = f"{backbone.path}." if backbone.path else ""
+        state_dict = dict(self.state_dict() if state_dict is None else state_dict)
+        return state_dict | {f"{prefix}{path}.weight": weight for path, weight in source_weights.items()}
 
     def _apply(self, fn, recurse=True):
         """Move or cast the kept source weights along with the parameters, and compose anew in their dtype."""
-        super()._apply(fn, recurse)
-        state = self._tocom
-        if state.source_weights:
-            state.source_weights = {path: fn(weight) for path, weight in state.source_weights.items()}
-            weights = _weights(find_backbone(self))
-            with torch.no_grad():
-                for path, weight in _composed(state).items():
-                    weights[path].copy_(weight)
+        with self._tocom_switch, self._tocom_lock.writing():
+            super()._apply(fn, recurse)
+            state = self._tocom
+            if state.source_weights:
+                state.source_weights = {path: fn(weight) for path, weight in state.source_weights.items()}
+                layers = find_backbone(self).projections()  # perhaps on the meta device
+                copy_weights(composed(state), {path: cast(nn.Linear, layer).weight for path, layer in layers.items()})
         return self
 
     def __reduce_ex__(self, protocol):
@@ -311,125 +302,47 @@ class TocomModel(PreTrainedModel):
         return _new_instance, (type(self).__mro__[2],), *state
 
 
-def _resolve_source_r(source_r: int | None, recorded: dict) -> int:
-    known = recorded.get("source_r")
-    if source_r is None and known is None:
-        raise DegreeError(
-            "The checkpoint does not record the degree that it was trained at. "
-            "Pass source_r=0 if it was fine-tuned without token merging, else the r that it was trained with."
-        )
-    if source_r is not None:
-        source_r = require_degree(source_r, "source_r")
-        if known is not None and source_r != known:
-            raise DegreeError(
-                f"source_r={source_r} contradicts the checkpoint, whose configuration records source_r={known}. "
-                "Leave source_r out to use the recorded one."
-            )
-        return source_r
-    return require_degree(known, "source_r in the configuration")
-
-
-def _open_plugins(plugins, checkpoint, recorded: dict, hub: dict) -> PluginSet | None:
-    if isinstance(plugins, PluginSet):
-        return plugins
-    if plugins is None and isinstance(checkpoint, TocomModel):
-        return checkpoint.plugins
-    if plugins is not None:
-        # the revision is the checkpoint's; plugins of another repository have their own
-        shared = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
-        return PluginSet.from_pretrained(plugins, **shared)
-    if recorded.get("plugins") and not isinstance(checkpoint, PreTrainedModel):
-        subfolder = "/".join(part for part in (hub.get("subfolder"), PLUGINS_FOLDER) if part)
-        return PluginSet.from_pretrained(checkpoint, **{**hub, "subfolder": subfolder})
-    return None
-
-
-def _compose(state: TocomState, target_r: int, scale: float | None) -> Composite | None:
-    """The composite for a degree; `None` for a model without plugins, which runs at its source degree only."""
-    if state.plugins is not None:
-        return state.plugins.compose(state.source_r, target_r, scale)
-    if require_degree(target_r, "target_r") != state.source_r:
-        raise DegreeError(
-            f"target_r={target_r} differs from source_r={state.source_r}, and the model has no plugins to compensate. "
-            "Load it with TocomModel.from_pretrained(..., plugins=...)."
-        )
-    return None
-
-
-def _composed(state: TocomState) -> dict[str, torch.Tensor]:
-    """The weights at the current degree, computed from the kept source weights; empty at the source degree."""
-    composite = _compose(state, state.target_r, state.scale) if state.source_weights else None
-    if composite is None:
-        return {}
-    return {path: composite.apply(path, weight) for path, weight in state.source_weights.items()}
-
-
-def _load_config(checkpoint: str | Path, kwargs: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """The configuration, with the overrides among the keyword arguments, and the arguments that are left."""
-    config = kwargs.pop("config", None)
-    if isinstance(config, PreTrainedConfig):
-        return config, kwargs
-    hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
-    try:
-        config, rest = AutoConfig.from_pretrained(config or checkpoint, return_unused_kwargs=True, **hub, **kwargs)
-    except (OSError, ValueError) as error:
-        if config is None and find_adapter_config_file(str(checkpoint), **hub):
-            raise UnsupportedModelError(
-                f"{checkpoint} holds an adapter, not a model. Merge it into its base model first, then compose: "
-                "TocomModel.from_pretrained(PeftModel.from_pretrained(base, adapter).merge_and_unload(), ...)."
-            ) from error
-        raise
-    return config, {**hub, **rest}
-
-
-def _model_class(config: PreTrainedConfig) -> Any:
-    """The transformers class that a checkpoint was saved from."""
-    if not supported_types(config):
-        raise unsupported(config.model_type)
-    name = (config.architectures or ["AutoModel"])[0]
-    if not hasattr(transformers, name):
-        raise UnsupportedModelError(
-            f"The checkpoint was saved from {name}, which is not a class of transformers. "
-            "Load it with its own class and pass the model to TocomModel.from_pretrained."
-        )
-    return getattr(transformers, name)
-
-
-def _weights(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """The live weights that plugins fold into, by layer path.
-
-    Raises:
-        UnsupportedModelError: if one of them is not an ordinary matrix in memory (quantised, offloaded, adapted).
-    """
-    weights = {}
-    for path, module in backbone.projections().items():
-        weight = getattr(module, "weight", None)
-        plain = isinstance(module, nn.Linear) and type(weight) is nn.Parameter
-        if weight is None or not plain or not weight.is_floating_point() or weight.is_meta:
-            raise UnsupportedModelError(
-                f"{path} ({type(module).__name__}) is not an ordinary linear layer in memory, so plugins cannot be "
-                "folded into its weight. Compose before quantising, load without offloading to disk, and merge other "
-                "adapters first (merge_and_unload)."
-            )
-        weights[path] = weight
-    return weights
-
-
 def _equip(model: PreTrainedModel, state: TocomState, target_r: int) -> PreTrainedModel:
     """Turn a loaded model into a `TocomModel`, or leave it as it was."""
     backbone = find_backbone(model)
     if state.plugins is not None:
-        _weights(backbone)
+        live_weights(backbone)
         state.plugins.check_backbone(backbone)
     if isinstance(model, TocomModel):
+        before = model._tocom
         model.set_target_r(model.source_r)
-    else:
+        try:
+            model._adopt(state)
+            model.set_target_r(target_r)
+        except BaseException:
+            model._adopt(TocomState(before.source_r, before.source_r, before.scale, before.plugins, {}))
+            model._switch(before.target_r, before.scale)
+            raise
+        return model
+    stock_class, schedule, recorded = type(model), get_schedule(model), model.config.__dict__.get("tocom")
+    try:
         apply_tome(model, state.source_r)
         _own_config(model)
-        model.__class__ = _tocom_class(type(model))
-    equipped = cast(TocomModel, model)
-    equipped._tocom = state
-    equipped.set_target_r(target_r)
+        model.__class__ = _tocom_class(stock_class)
+        equipped = cast(TocomModel, model)
+        equipped._tocom, equipped._tocom_lock, equipped._tocom_switch = state, ReadersWriterLock(), SwitchLock()
+        equipped.set_target_r(target_r)
+    except BaseException:
+        model.__class__ = stock_class
+        for holder, name in (
+            (model, "_tocom"),
+            (model, "_tocom_lock"),
+            (model, "_tocom_switch"),
+            (model.config, "tocom"),
+        ):
+            holder.__dict__.pop(name, None)
+        if recorded is not None:
+            model.config.tocom = recorded
+        if schedule is None:
+            remove_tome(model)
+        else:
+            apply_tome(model, list(schedule))
+        raise
     return equipped
 
 

@@ -4,31 +4,23 @@
 Every plugin is an ordinary PEFT LoRA adapter in a folder of its own, relative to the backbone that `AutoModel` loads.
 """
 
-import tempfile
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
-from .architectures import Backbone, projection_paths
-from .composition import Adapter, Composite, Factors, chain, compose, require_in_range, require_scale
+from .adapters import read_adapter, write_adapter
+from .architectures import Backbone
+from .cards import AGREEMENT_FIGURE, CARD_NAME, plugin_set_card
+from .composition import Adapter, Composite, chain, compose, require_in_range, require_scale
 from .config import CONFIG_NAME, PluginSetConfig
 from .errors import DegreeError, PluginFileError
-from .files import Repository, read_json, upload_folder, write_folder
+from .files import Repository
+from .folders import retry_while_saved, scratch_folder, write_folder
+from .hub import upload_folder
 
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PEFT_PREFIX = "base_model.model."
-# what an adapter_config.json may not switch on, with the values that leave it off
-_PLAIN_LORA = {
-    "use_dora": (False, None), "use_rslora": (False, None), "fan_in_fan_out": (False, None), "bias": ("none", None),
-    "lora_bias": (False, None), "modules_to_save": (None, []), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
-    "layers_to_transform": (None, []), "auto_mapping": (None,), "target_parameters": (None, []),
-}  # fmt: skip
+# what a saved set consists of, so that no plugin of an earlier, longer one stays behind
+PLUGIN_FILES = r"P_\d+_\d+/adapter_(config\.json|model\.safetensors)"
 
 
 class PluginSet:
@@ -82,6 +74,9 @@ class PluginSet:
     ) -> "PluginSet":
         """Open a plugin set in a local folder or on the Hub. Only `tocom_config.json` is read at once.
 
+        Files from the Hub are kept in its cache, which serves them when the Hub cannot be reached. A download that
+        breaks is resumed where it broke; after an error, only what had not arrived is fetched again.
+
         Args:
             pretrained_model_name_or_path: Local folder or Hub id.
             revision: Branch, tag or commit on the Hub. Files that are fetched later come from the same commit.
@@ -90,17 +85,19 @@ class PluginSet:
 
         Raises:
             PluginFileError: if there is no valid `tocom_config.json`.
+            HubError: if the Hub refuses or fails a request, or cannot be reached.
         """
-        repository = Repository.open(
-            pretrained_model_name_or_path,
-            probe=CONFIG_NAME,
-            subfolder=subfolder,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
-        return cls(PluginSetConfig.from_json_file(repository.path(CONFIG_NAME)), repository=repository)
+        arguments = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+
+        def load() -> "PluginSet":
+            repository = Repository.open(
+                pretrained_model_name_or_path, probe=CONFIG_NAME, subfolder=subfolder, **arguments
+            )
+            config = PluginSetConfig.from_json_file(repository.path(CONFIG_NAME))
+            repository.require_unchanged()
+            return cls(config, repository=repository)
+
+        return retry_while_saved(load)
 
     def adapter(self, index: int) -> Adapter:
         """The plugin `P_index_index+1`, read on first use and checked against the configuration.
@@ -111,7 +108,7 @@ class PluginSet:
         if index not in self._adapters:
             if self._repository is None:
                 raise PluginFileError(f"The plugin set in memory lacks {plugin_name(index)}.")
-            self._adapters[index] = self._read(index)
+            self._adapters[index] = self._read(self._repository, index)
         return self._adapters[index]
 
     def compose(self, source_r: int, target_r: int, scale: float | None = None) -> Composite:
@@ -145,42 +142,75 @@ class PluginSet:
         """Write the set to a folder, all or nothing: the files are written beside and then moved into place.
 
         Args:
-            save_directory: The folder; made if missing. Other files in it stay.
+            save_directory: The folder; made if missing. Plugins of a longer set in it go, other files stay.
         """
-        config = self.config
-        adapters = {index: self.adapter(index) for index in range(config.min_r, config.max_r)}
-        with write_folder(save_directory) as folder:
-            for index, adapter in adapters.items():
-                _write_adapter(folder / plugin_name(index), adapter, config.trained_scale, config.base_model)
-            config.to_json_file(folder / CONFIG_NAME)
+        for index in range(self.config.min_r, self.config.max_r):
+            self.adapter(index)  # what cannot be read is noticed before a folder is made
+        with write_folder(save_directory, replaces=[PLUGIN_FILES]) as folder:
+            self.write(folder)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload the set to the Hub in one commit.
+    def write(self, folder: Path) -> None:
+        """Write the files of the set to an empty folder."""
+        config = self.config
+        for index in range(config.min_r, config.max_r):
+            write_adapter(folder / plugin_name(index), self.adapter(index), config.trained_scale, config.base_model)
+        config.to_json_file(folder / CONFIG_NAME)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a ToCom plugin set",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the set, with a card made from what its configuration records, to the Hub in one commit.
 
         Args:
             repo_id: Hub id of the repository; made if missing.
-            **kwargs: `private`, `token`, `revision`, `commit_message` and `create_pr`.
+            private: Whether a new repository is private.
+            token: As in `huggingface_hub.HfApi`.
+            revision: The branch; `main` by default, made if missing.
+            commit_message: Message of the commit.
+            create_pr: Open a pull request instead of committing to `main`.
 
         Returns:
-            The address of the commit.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return upload_folder(folder, repo_id, **kwargs)
+            The address of the commit, or of the pull request.
 
-    def _read(self, index: int) -> dict[str, Factors]:
-        assert self._repository is not None
-        name, config = plugin_name(index), self.config
-        _check_adapter_config(self._repository.path(f"{name}/{ADAPTER_CONFIG}"), config)
-        path = self._repository.path(f"{name}/{ADAPTER_WEIGHTS}")
-        facts = config.backbone
-        shape_a, shape_b = (config.rank, facts.hidden_size), (facts.hidden_size, config.rank)
-        shapes: dict[str, tuple[int, int]] = {}
-        layers = projection_paths(facts.model_type, facts.num_hidden_layers)
-        for layer in layers:
-            shapes[_key(layer, "A")], shapes[_key(layer, "B")] = shape_a, shape_b
-        tensors = _read_tensors(path, shapes)
-        return {layer: Factors(tensors[_key(layer, "A")], tensors[_key(layer, "B")]) for layer in layers}
+        Raises:
+            HubError: if the Hub refuses or fails a request, or cannot be reached. Nothing is committed then.
+        """
+        with scratch_folder() as folder:
+            self.write(folder)
+            plugin_set_card(self.config, repo_id, figure=self._copy_figure(folder)).save(folder / CARD_NAME)
+            return upload_folder(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                replaces=[PLUGIN_FILES],
+            )
+
+    def _copy_figure(self, folder: Path) -> str | None:
+        repository = self._repository
+        if repository is None or repository.folder is None or not (repository.folder / AGREEMENT_FIGURE).exists():
+            return None
+        shutil.copyfile(repository.path(AGREEMENT_FIGURE), folder / AGREEMENT_FIGURE)
+        return AGREEMENT_FIGURE
+
+    def _read(self, repository: Repository, index: int) -> Adapter:
+        try:
+            adapter = read_adapter(repository, plugin_name(index), self.config)
+        except PluginFileError:
+            repository.require_unchanged()  # else that is the reason, and may be tried again
+            raise
+        repository.require_unchanged()
+        return adapter
 
 
 def plugin_name(index: int) -> str:
@@ -218,69 +248,4 @@ def save_composite(composite: Composite, save_directory: str | Path, *, base_mod
             f"source_r and target_r are both {composite.source_r}: no adapter is needed, the weights stay as they are."
         )
     with write_folder(save_directory) as folder:
-        _write_adapter(folder, composite.factors, composite.scale, base_model)
-
-
-def _key(layer: str, factor: str) -> str:
-    return f"{_PEFT_PREFIX}{layer}.lora_{factor}.weight"
-
-
-def _write_adapter(folder: Path, adapter: Adapter, scale: float, base_model: str | None) -> None:
-    from peft import LoraConfig  # takes a quarter of a second to import, and reading does not need it
-
-    rank = next(iter(adapter.values())).lora_A.shape[0]
-    lora = LoraConfig(
-        r=rank,
-        # PEFT multiplies B A by lora_alpha / r
-        lora_alpha=scale * rank,  # type: ignore[arg-type]
-        target_modules=sorted({path.rpartition(".")[2] for path in adapter}),
-        lora_dropout=0.0,
-        bias="none",
-        inference_mode=True,
-        base_model_name_or_path=base_model,
-    )
-    lora.save_pretrained(str(folder))
-    tensors = {
-        _key(path, name): factor.contiguous()
-        for path, factors in adapter.items()
-        for name, factor in (("A", factors.lora_A), ("B", factors.lora_B))
-    }
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-
-
-def _check_adapter_config(path: Path, config: PluginSetConfig) -> None:
-    found = read_json(path)
-    wanted = {"peft_type": "LORA", "r": config.rank}
-    problems = [
-        f"{key} is {found.get(key)!r}, not {value!r}" for key, value in wanted.items() if found.get(key) != value
-    ]
-    alpha = found.get("lora_alpha")
-    if not isinstance(alpha, int | float) or abs(alpha - config.trained_scale * config.rank) > 1e-6:
-        problems.append(f"lora_alpha is {alpha!r}, not trained_scale * rank = {config.trained_scale * config.rank:g}")
-    problems += [f"{key} is {found[key]!r}" for key, off in _PLAIN_LORA.items() if found.get(key) not in off]
-    if problems:
-        raise PluginFileError(f"{path} is not the plain LoRA that {CONFIG_NAME} promises: {'; '.join(problems)}.")
-
-
-def _read_tensors(path: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            if found.keys() != shapes.keys():
-                missing, extra = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
-                raise PluginFileError(
-                    f"{path} has other tensors than expected: missing {missing[:3]}, extra {extra[:3]}."
-                )
-            wrong = {name: shape for name, shape in found.items() if shape != shapes[name]}
-            if wrong:
-                name, shape = next(iter(wrong.items()))
-                raise PluginFileError(f"{path}: {name} has shape {shape}, expected {shapes[name]}.")
-            tensors = {name: file.get_tensor(name) for name in found}
-    except SafetensorError as error:
-        raise PluginFileError(
-            f"{path} is truncated or not a safetensors file ({error}). Download or copy the plugin set again."
-        ) from error
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise PluginFileError(f"{path}: {name} must hold finite floating-point numbers.")
-    return {name: tensor.float() for name, tensor in tensors.items()}
+        write_adapter(folder, composite.factors, composite.scale, base_model)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from .evaluation import count_flops, throughput
-from .files import read_json, write_folder
+from .files import read_json
+from .folders import write_folder
 from .grid import Cell, CellRun, summarize
 from .modeling import TocomModel
 

@@ -1,0 +1,142 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""One plugin on disk: an ordinary PEFT LoRA adapter, checked to be nothing else before it is used."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .architectures import projection_paths
+from .composition import Adapter, Factors
+from .config import CONFIG_NAME, PluginSetConfig
+from .errors import PluginFileError
+from .files import Repository, read_json
+from .safetensors_files import require_small_header
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PEFT_PREFIX = "base_model.model."
+_DTYPES = ("F64", "F32", "F16", "BF16")
+# keys of adapter_config.json that switch nothing on
+_HARMLESS = {
+    "base_model_name_or_path", "revision", "peft_version", "inference_mode", "lora_dropout", "init_lora_weights",
+    "task_type", "r", "lora_alpha", "target_modules", "peft_type",
+}  # fmt: skip
+# what PEFT writes for options of variants that are switched off
+_UNUSED = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
+
+
+def read_adapter(repository: Repository, name: str, config: PluginSetConfig) -> dict[str, Factors]:
+    """Read a plugin and check it against the configuration of its set.
+
+    Args:
+        repository: Where it is.
+        name: Its folder, `P_4_5`.
+        config: The set's configuration.
+
+    Returns:
+        The factors by layer path, float32.
+
+    Raises:
+        PluginFileError: if a file is missing, damaged, or not the plain LoRA that the configuration promises.
+        HubError: if the Hub fails.
+    """
+    facts = config.backbone
+    layers = projection_paths(facts.model_type, facts.num_hidden_layers)
+    _check_adapter_config(repository.path(f"{name}/{ADAPTER_CONFIG}"), config, layers)
+    shape_a, shape_b = (config.rank, facts.hidden_size), (facts.hidden_size, config.rank)
+    shapes = {_key(layer, "A"): shape_a for layer in layers} | {_key(layer, "B"): shape_b for layer in layers}
+    tensors = _read_tensors(repository.path(f"{name}/{ADAPTER_WEIGHTS}"), shapes)
+    return {layer: Factors(tensors[_key(layer, "A")], tensors[_key(layer, "B")]) for layer in layers}
+
+
+def write_adapter(folder: Path, adapter: Adapter, scale: float, base_model: str | None) -> None:
+    """Write factors as a PEFT LoRA adapter that multiplies their product by `scale`."""
+    from peft import LoraConfig  # takes a quarter of a second to import, and reading does not need it
+
+    rank = next(iter(adapter.values())).lora_A.shape[0]
+    lora = LoraConfig(
+        r=rank,
+        # PEFT multiplies B A by lora_alpha / r
+        lora_alpha=scale * rank,  # type: ignore[arg-type]
+        target_modules=sorted({path.rpartition(".")[2] for path in adapter}),
+        lora_dropout=0.0,
+        bias="none",
+        inference_mode=True,
+        base_model_name_or_path=base_model,
+    )
+    lora.save_pretrained(str(folder))
+    tensors = {
+        _key(path, name): factor.contiguous()
+        for path, factors in adapter.items()
+        for name, factor in (("A", factors.lora_A), ("B", factors.lora_B))
+    }
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def _key(layer: str, factor: str) -> str:
+    return f"{_PEFT_PREFIX}{layer}.lora_{factor}.weight"
+
+
+def _check_adapter_config(path: Path, config: PluginSetConfig, layers: list[str]) -> None:
+    """Stock PEFT may load this file too, so nothing in it may switch on more than plain LoRA on the listed layers."""
+    found = read_json(path)
+    wanted = {"peft_type": "LORA", "r": config.rank}
+    problems = [
+        f"{key} is {found.get(key)!r}, not {value!r}" for key, value in wanted.items() if found.get(key) != value
+    ]
+    alpha: Any = found.get("lora_alpha")
+    if not _is_number(alpha) or abs(alpha - config.trained_scale * config.rank) > 1e-6:
+        problems.append(f"lora_alpha is {alpha!r}, not trained_scale * rank = {config.trained_scale * config.rank:g}")
+    modules, expected = found.get("target_modules"), {layer.rpartition(".")[2] for layer in layers}
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules) or set(modules) != expected:
+        problems.append(f"target_modules is {modules!r}, not {sorted(expected)}")
+    problems += [f"{key} is {value!r}" for key, value in found.items() if not _is_off(key, value)]
+    if problems:
+        raise PluginFileError(f"{path} is not the plain LoRA that {CONFIG_NAME} promises: {'; '.join(problems)[:500]}.")
+
+
+def _is_off(key: str, value: Any) -> bool:
+    """Whether an entry of an adapter configuration leaves plain LoRA as it is.
+
+    A key that is not listed here must be empty, whatever PEFT does by default.
+    """
+    if key in _HARMLESS or value is None or value is False or value in ([], {}, ""):
+        return True
+    return type(value) is type(_UNUSED.get(key)) and value == _UNUSED[key]
+
+
+def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    require_small_header(path, list(shapes))
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            if found.keys() != shapes.keys():
+                missing, extra = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
+                raise PluginFileError(
+                    f"{path} has other tensors than expected: missing {missing[:3]}, extra {extra[:3]}."
+                )
+            for name, entry in found.items():
+                shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
+                if shape != shapes[name] or dtype not in _DTYPES:
+                    raise PluginFileError(
+                        f"{path}: {name} has shape {shape} and dtype {dtype}, expected {shapes[name]} and one of "
+                        f"{', '.join(_DTYPES)}."
+                    )
+            tensors = {name: file.get_tensor(name).float() for name in found}
+    except SafetensorError as error:
+        raise PluginFileError(
+            f"{path} is truncated or not a safetensors file ({error}). Download or copy the plugin set again."
+        ) from error
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise PluginFileError(f"{path}: {name} must hold finite floating-point numbers.")
+    return tensors
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30

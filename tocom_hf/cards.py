@@ -1,0 +1,210 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Model cards for the Hub, rendered from the templates in `hub_cards/` and from recorded facts only."""
+
+import re
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig
+
+from .config import PluginSetConfig
+
+
+CARD_NAME = "README.md"
+AGREEMENT_FIGURE = "agreement.png"
+_TAGS = ["tocom", "token-merging", "vision-transformer", "peft", "lora"]
+_HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
+# entries of `training` that have a place of their own in the card, or are not part of the recipe
+_NOT_RECIPE = ("agreement", "test_accuracy", "hardware", "dataset_id")
+
+
+def plugin_set_card(
+    config: PluginSetConfig, repo_id: str, *, checkpoint: str | None = None, figure: str | None = None
+) -> ModelCard:
+    """The card of a plugin set.
+
+    Args:
+        config: The set's configuration. What it does not record is left out.
+        repo_id: Hub id of the set, for the usage block.
+        checkpoint: Hub id or path of the checkpoint in the usage block; the backbone itself by default.
+        figure: Name of a picture of the agreement grid in the repository, if there is one.
+    """
+    facts, title = config.backbone, repo_id.rpartition("/")[2]
+    entries = [entry for entry in config.evaluation if _is_complete(entry)]
+    training = config.training
+    names = (training.get("dataset_id"), training.get("dataset"))
+    datasets = [str(name) for name in names if _is_hub_id(name, namespace=True)]
+    data = ModelCardData(
+        base_model=config.base_model if _is_hub_id(config.base_model) else None,
+        base_model_relation="adapter" if _is_hub_id(config.base_model) else None,
+        library_name="tocom-hf",
+        license=config.license,
+        datasets=datasets[:1] or None,
+        tags=_TAGS,
+        model_name=title,
+        eval_results=[result for entry in entries for result in _eval_results(entry)] or None,
+    )
+    return _render(
+        "plugin_set.md",
+        data,
+        title=title,
+        repo_id=repo_id,
+        checkpoint=checkpoint or config.base_model or "path/to/a/checkpoint",
+        count=config.max_r - config.min_r,
+        min_r=config.min_r,
+        max_r=config.max_r,
+        middle_r=(config.min_r + config.max_r) // 2,
+        **_inputs(facts.model_type, facts.image_size),
+        facts=[
+            ("backbone", config.base_model),
+            *([("its commit", config.base_model_revision)] if config.base_model_revision else []),
+            ("model type", facts.model_type),
+            ("layers", facts.num_hidden_layers),
+            ("hidden size", facts.hidden_size),
+            ("degrees", f"{config.min_r} to {config.max_r}"),
+            ("rank of a plugin", config.rank),
+            ("scale in training", config.trained_scale),
+            ("recommended scale", config.recommended_scale),
+        ],
+        evaluation=_groups(entries),
+        **_agreement(training.get("agreement")),
+        figure=figure,
+        recipe=[(key, value) for key, value in training.items() if key not in _NOT_RECIPE],
+        hardware=training.get("hardware"),
+    )
+
+
+def checkpoint_card(config: PreTrainedConfig, plugins: PluginSetConfig | None, repo_id: str) -> ModelCard:
+    """The card of a checkpoint saved by `TocomModel`.
+
+    Args:
+        config: The model's configuration, with its `tocom` entry.
+        plugins: The configuration of its plugin set, if it has one.
+        repo_id: Hub id of the checkpoint.
+    """
+    title, recorded = repo_id.rpartition("/")[2], config.tocom
+    base_model = None if plugins is None or not _is_hub_id(plugins.base_model) else plugins.base_model
+    vision = getattr(config, "vision_config", config)
+    data = ModelCardData(
+        base_model=base_model,
+        base_model_relation="finetune" if base_model else None,
+        library_name="tocom-hf",
+        tags=_TAGS[:3],
+        pipeline_tag="image-classification" if "ForImageClassification" in str(config.architectures) else None,
+    )
+    return _render(
+        "checkpoint.md",
+        data,
+        title=title,
+        repo_id=repo_id,
+        architecture=(config.architectures or ["transformers"])[0],
+        source_r=recorded["source_r"],
+        target_r=recorded["target_r"],
+        plugins=plugins,
+        **_inputs(vision.model_type, getattr(vision, "image_size", None)),
+    )
+
+
+def _render(template: str, data: ModelCardData, **values: Any) -> ModelCard:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {"cell": _cell, "percent": _percent}
+    text = environment.from_string(_template(template)).render(card_data=data.to_yaml(), **values)
+    return ModelCard(re.sub(r"\n{3,}", "\n\n", text), ignore_metadata_errors=False)
+
+
+def _template(name: str) -> str:
+    """A template's text: beside the package in a clone, within it once installed."""
+    package = Path(__file__).parent
+    path = next(path for path in (package / "hub_cards" / name, package.parent / "hub_cards" / name) if path.exists())
+    return path.read_text(encoding="utf-8")
+
+
+def _inputs(model_type: str, image_size: Any) -> dict[str, str]:
+    if model_type == "audio-spectrogram-transformer":
+        shape, name = "model.config.max_length, model.config.num_mel_bins", "input_values"
+        return {"input_name": name, "inputs": f"{name} = torch.randn(1, {shape})"}
+    height, width = image_size if isinstance(image_size, list | tuple) else (image_size or 224,) * 2
+    return {"input_name": "pixel_values", "inputs": f"pixel_values = torch.randn(1, 3, {height}, {width})"}
+
+
+def _is_complete(entry: dict[str, Any]) -> bool:
+    return all(key in entry for key in ("dataset", "source_r", "target_r", "plain", "tocom")) and all(
+        isinstance(entry[key], int | float) for key in ("source_r", "target_r", "plain", "tocom")
+    )
+
+
+def _eval_results(entry: dict[str, Any]) -> Iterable[EvalResult]:
+    for key, way in (("plain", "token merging alone"), ("tocom", "with ToCom")):
+        yield EvalResult(
+            task_type="image-classification",
+            dataset_type=str(entry.get("dataset_id", entry["dataset"])),
+            dataset_name=str(entry["dataset"]),
+            dataset_split=entry.get("split"),
+            metric_type="accuracy",
+            metric_name=f"accuracy, source_r={entry['source_r']}, target_r={entry['target_r']}, {way}",
+            metric_value=entry[key],
+        )
+
+
+def _groups(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries that differ in `target_r` only, as one table each."""
+
+    def common(entry: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(entry.get(key, "")) for key in ("dataset", "split", "source_r", "scale", "checkpoint"))
+
+    groups = []
+    for (dataset, split, source_r, scale, checkpoint), members in groupby(sorted(entries, key=common), key=common):
+        found = sorted(members, key=lambda entry: entry["target_r"])
+        title = f"{checkpoint + ' on ' if checkpoint else ''}{dataset}{f' ({split})' if split else ''}"
+        errors = [entry["standard_error"] for entry in found if isinstance(entry.get("standard_error"), int | float)]
+        groups.append(
+            {
+                "title": f"{title}, trained at r = {source_r}",
+                "entries": found,
+                "scale": f", scale {scale}" if scale else "",
+                "error": max(errors, default=None),
+            }
+        )
+    return groups
+
+
+def _agreement(grid: Any) -> dict[str, Any]:
+    """A recorded grid as tables; one of another form is left out."""
+    degrees = grid.get("degrees") if isinstance(grid, dict) else None
+    if not isinstance(degrees, list):
+        return {"agreement": [], "degrees": []}
+    tables = []
+    for key, title in (("plain", "Token merging alone"), ("tocom", "With ToCom")):
+        rows = grid.get(key)
+        shares = (
+            [value for row in rows for value in row] if isinstance(rows, list) and _is_square(rows, degrees) else []
+        )
+        if shares and all(isinstance(value, int | float) and 0 <= value <= 1 for value in shares):
+            tables.append({"title": title, "rows": list(zip(degrees, rows, strict=True))})
+    return {"agreement": tables, "degrees": degrees}
+
+
+def _is_square(rows: Any, degrees: list) -> bool:
+    if not isinstance(rows, list) or len(rows) != len(degrees):
+        return False
+    return all(isinstance(row, list) and len(row) == len(degrees) for row in rows)
+
+
+def _is_hub_id(name: Any, *, namespace: bool = False) -> bool:
+    return isinstance(name, str) and re.fullmatch(_HUB_ID, name) is not None and ("/" in name or not namespace)
+
+
+def _cell(value: Any) -> str:
+    """A value in one cell of a Markdown table."""
+    if isinstance(value, dict):
+        value = ", ".join(f"{key}: {entry}" for key, entry in value.items())
+    text = "not recorded" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return re.sub(r"\s+", " ", text).replace("|", r"\|").replace("<", "&lt;")
+
+
+def _percent(value: float, digits: int = 2) -> str:
+    return f"{100 * value:.{digits}f}"

@@ -1,0 +1,134 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Opening a transformers checkpoint of a stranger: one commit, safetensors only, no code, no names that leave it."""
+
+import contextlib
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .adapters import ADAPTER_CONFIG
+from .errors import ArgumentError, HubError, PluginFileError, UnsupportedModelError
+from .files import DOWNLOAD_ARGUMENTS, Repository, read_json
+from .safetensors_files import require_small_header
+
+
+# what a saved checkpoint consists of, so that nothing of an earlier one with other shards stays behind
+CHECKPOINT_FILES = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+_REFUSED = {
+    "trust_remote_code": (None, False), "use_safetensors": (None, True), "gguf_file": (None,), "adapter_kwargs": (None,)
+}  # fmt: skip
+
+
+class Checkpoint:
+    """The files of a checkpoint in a local folder, downloaded and checked, from one state of a repository.
+
+    Args:
+        name: Local folder or Hub id.
+        arguments: Keyword arguments of `from_pretrained`; those that this class deals with are taken out.
+
+    Attributes:
+        repository: Where the files came from.
+        folder: The local folder that holds them.
+
+    Raises:
+        ArgumentError: if code or pickled weights of the repository were to be loaded.
+        PluginFileError: if a file is missing or not what it should be.
+        HubError: if the Hub fails.
+    """
+
+    def __init__(self, name: str | Path, arguments: dict[str, Any]):
+        for key, harmless in _REFUSED.items():
+            if arguments.pop(key, None) not in harmless:
+                raise ArgumentError(
+                    f"{key}=... is not supported: only safetensors files and the classes of transformers are loaded. "
+                    "To load anything else, load the model yourself and pass it to TocomModel.from_pretrained."
+                )
+        self.download = {key: arguments.pop(key) for key in DOWNLOAD_ARGUMENTS if key in arguments}
+        subfolder = arguments.pop("subfolder", None) or ""
+        try:
+            self.repository = Repository.open(name, probe=CONFIG_NAME, subfolder=subfolder, **self.download)
+        except PluginFileError as error:
+            with contextlib.suppress(PluginFileError, HubError):
+                Repository.open(name, probe=ADAPTER_CONFIG, subfolder=subfolder, **self.download)
+                raise UnsupportedModelError(
+                    f"{name} holds an adapter, not a model. Merge it into its base model first, then compose: "
+                    "TocomModel.from_pretrained(PeftModel.from_pretrained(base, adapter).merge_and_unload(), ...)."
+                ) from error
+            raise
+        self.name, self.subfolder = name, subfolder
+        self.folder = self.repository.path(CONFIG_NAME).parent
+
+    def config(self, override: Any, arguments: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+        """The configuration with overrides, and the arguments that are left.
+
+        Args:
+            override: A configuration, or where to load one from instead.
+            arguments: Keyword arguments of `from_pretrained`; those that the configuration knows change it.
+        """
+        if isinstance(override, PreTrainedConfig):
+            return override, arguments
+        if _asks_for_kernels(read_json(self.repository.path(CONFIG_NAME))):
+            raise PluginFileError(
+                f"{CONFIG_NAME} of {self.name} asks for an attention kernel of the Hub, which is code. "
+                "Pass attn_implementation=... if you want one."
+            )
+        try:
+            config, rest = AutoConfig.from_pretrained(
+                override or self.folder, return_unused_kwargs=True, trust_remote_code=False, **arguments
+            )
+        except Exception as error:  # whatever transformers makes of a malformed configuration
+            raise PluginFileError(f"{CONFIG_NAME} of {self.name} cannot be used: {error!r:.500}") from error
+        if getattr(config, "transformers_weights", None) not in (None, SAFE_WEIGHTS_NAME):
+            raise PluginFileError(
+                f"{CONFIG_NAME} of {self.name} asks for the weights {config.transformers_weights!r}. Only "
+                f"{SAFE_WEIGHTS_NAME}, whole or in shards, is loaded."
+            )
+        return config, rest
+
+    def fetch_weights(self, variant: str | None = None) -> None:
+        """Download the weights, and check what can be checked before transformers reads them."""
+        adapter = self.folder / ADAPTER_CONFIG
+        if adapter.exists():
+            raise PluginFileError(
+                f"{adapter} makes transformers load an adapter, perhaps of another repository, along with the model. "
+                "Merge the adapter into the checkpoint (merge_and_unload), or remove the file."
+            )
+        whole, index = (_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+        try:
+            path = self.repository.path(whole)
+        except (PluginFileError, HubError) as error:
+            try:
+                shards = read_json(self.repository.path(index)).get("weight_map")
+            except HubError:
+                raise error from None
+            except PluginFileError:
+                raise PluginFileError(
+                    f"{error} Only safetensors files are read. Load a checkpoint in another format with transformers, "
+                    "and save it with save_pretrained, or pass the loaded model."
+                ) from error
+        else:
+            require_small_header(path)
+            return
+        names = set(shards.values()) if isinstance(shards, dict) else set()
+        for name in sorted(names, key=str):
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+                raise PluginFileError(f"{index} of {self.name} lists {name!r}, which is not the name of a shard.")
+            require_small_header(self.repository.path(name))
+
+
+def _asks_for_kernels(content: Any) -> bool:
+    """Whether a configuration names an attention implementation, in whatever part, that transformers would download."""
+    if isinstance(content, list):
+        return any(map(_asks_for_kernels, content))
+    if not isinstance(content, dict):
+        return False
+    named = (str(value) for key, value in content.items() if "attn_implementation" in key)
+    return any("/" in name for name in named) or any(map(_asks_for_kernels, content.values()))
+
+
+def _variant(name: str, variant: str | None) -> str:
+    stem, _, suffix = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{suffix}"

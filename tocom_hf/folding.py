@@ -1,0 +1,97 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""The weights that plugins fold into: what they were, what they are, and what they shall be at another degree."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .architectures import Backbone
+from .composition import Composite
+from .errors import ComposedWeightsError, DegreeError, UnsupportedModelError
+from .merging import require_degree
+from .plugins import PluginSet
+
+
+@dataclass
+class TocomState:
+    """What a `TocomModel` knows beyond its transformers class.
+
+    Attributes:
+        source_r: The degree that the weights were trained at.
+        target_r: The degree that the model runs at.
+        scale: The factor s asked for, or `None` for what the plugin set recommends.
+        plugins: The plugin set, or `None` for a model that only ever runs at its source degree.
+        source_weights: The query and value weights at `source_r` by layer path in the backbone; empty while the model
+            runs at that degree.
+    """
+
+    source_r: int
+    target_r: int
+    scale: float | None
+    plugins: PluginSet | None
+    source_weights: dict[str, torch.Tensor]
+
+
+def compose(state: TocomState, target_r: int, scale: float | None) -> Composite | None:
+    """The composite for a degree; `None` for a model without plugins, which runs at its source degree only."""
+    if state.plugins is not None:
+        return state.plugins.compose(state.source_r, target_r, scale)
+    if require_degree(target_r, "target_r") != state.source_r:
+        raise DegreeError(
+            f"target_r={target_r} differs from source_r={state.source_r}, and the model has no plugins to compensate. "
+            "Load it with TocomModel.from_pretrained(..., plugins=...)."
+        )
+    return None
+
+
+def composed(state: TocomState) -> dict[str, torch.Tensor]:
+    """The weights at the current degree, computed from the kept source weights; empty at the source degree."""
+    composite = compose(state, state.target_r, state.scale) if state.source_weights else None
+    if composite is None:
+        return {}
+    return {path: composite.apply(path, weight) for path, weight in state.source_weights.items()}
+
+
+def live_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
+    """The live weights that plugins fold into, by layer path.
+
+    Raises:
+        UnsupportedModelError: if one of them is not an ordinary matrix in memory (quantised, offloaded, adapted).
+    """
+    weights = {}
+    for path, module in backbone.projections().items():
+        weight = getattr(module, "weight", None)
+        plain = isinstance(module, nn.Linear) and type(weight) is nn.Parameter
+        if weight is None or not plain or not weight.is_floating_point() or weight.is_meta:
+            raise UnsupportedModelError(
+                f"{path} ({type(module).__name__}) is not an ordinary linear layer in memory, so plugins cannot be "
+                "folded into its weight. Compose before quantising, load without offloading to disk, and merge other "
+                "adapters first (merge_and_unload)."
+            )
+        weights[path] = weight
+    return weights
+
+
+def verified_source_weights(state: TocomState, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The kept source weights, after a check that the live ones are still what was composed from them.
+
+    Raises:
+        ComposedWeightsError: if they are not.
+    """
+    for path, weight in composed(state).items():
+        if not torch.equal(weight, weights[path]):
+            raise ComposedWeightsError(
+                f"{path}.weight was changed while composed for target_r={state.target_r} (by training, or by "
+                "loading a state dict?). Call model.rebase() to make the weights as they are now a checkpoint of "
+                f"source_r={state.target_r}. To train at the source degree, call "
+                f"model.set_target_r({state.source_r}) first."
+            )
+    return state.source_weights
+
+
+@torch.no_grad()
+def copy_weights(source: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
+    """Copy weights into the live ones of the same paths."""
+    for path, weight in source.items():
+        weights[path].copy_(weight)

@@ -1,0 +1,147 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""What `TocomModel.from_pretrained` reads: a checkpoint, its plugins, and the degrees, all checked before use."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .architectures import supported_types, unsupported
+from .checkpoints import Checkpoint
+from .composition import require_scale
+from .errors import DegreeError, PluginFileError, UnsupportedModelError
+from .folders import retry_while_saved
+from .merging import require_degree
+from .plugins import PluginSet
+
+
+PLUGINS_FOLDER = "tocom_plugins"
+
+
+class Loaded(NamedTuple):
+    """A model that is still at its source degree, and what it shall become.
+
+    Attributes:
+        model: The transformers model, a given one or a new one.
+        source_r, target_r: The degrees.
+        scale: The factor s asked for, or `None`.
+        plugins: The plugin set, with what lies between the degrees read, or `None`.
+    """
+
+    model: PreTrainedModel
+    source_r: int
+    target_r: int
+    scale: float | None
+    plugins: PluginSet | None
+
+
+def load(
+    model: str | Path | PreTrainedModel,
+    *,
+    plugins: str | Path | PluginSet | None,
+    source_r: int | None,
+    target_r: int | None,
+    scale: float | None,
+    arguments: dict[str, Any],
+) -> Loaded:
+    """Resolve the arguments of `TocomModel.from_pretrained` and load what they name.
+
+    Folders are read in one state: where one is saved anew meanwhile, all is read again.
+
+    Args:
+        model, plugins, source_r, target_r, scale: As in `TocomModel.from_pretrained`.
+        arguments: Its other keyword arguments.
+    """
+    return retry_while_saved(lambda: _load(model, plugins, source_r, target_r, scale, dict(arguments)))
+
+
+def _load(model: Any, plugins: Any, source_r: Any, target_r: Any, scale: Any, kwargs: dict[str, Any]) -> Loaded:
+    checkpoint = None
+    if isinstance(model, PreTrainedModel):
+        config = model.config
+    else:
+        checkpoint = Checkpoint(model, kwargs)
+        config, kwargs = checkpoint.config(kwargs.pop("config", None), kwargs)
+        model_class = _model_class(config)
+    # everything that can be wrong is found before weights are loaded or changed
+    recorded = getattr(config, "tocom", None) or {}
+    if not isinstance(recorded, dict):
+        raise PluginFileError(
+            f"'tocom' in the checkpoint's config.json must be a JSON object, found {recorded!r:.100}."
+        )
+    source_r = _resolve_source_r(source_r, recorded)
+    target_r = require_degree(recorded.get("target_r", source_r) if target_r is None else target_r, "target_r")
+    scale = recorded.get("scale") if scale is None else scale
+    scale = None if scale is None else require_scale(scale)
+    plugins = _open_plugins(plugins, model, recorded, checkpoint)
+    if plugins is not None:
+        plugins.compose(source_r, target_r, scale)
+    elif source_r != target_r:
+        raise DegreeError(
+            f"Running at target_r={target_r} a checkpoint of source_r={source_r} needs plugins=... "
+            "(a Hub id, a folder or a PluginSet). For merging without compensation use apply_tome(model, r)."
+        )
+    if checkpoint is not None:
+        checkpoint.fetch_weights(kwargs.get("variant"))
+        try:
+            model = model_class.from_pretrained(checkpoint.folder, config=config, use_safetensors=True, **kwargs)
+        except Exception as error:  # whatever transformers makes of a configuration that does not fit the weights
+            if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+                raise  # the caller's
+            checkpoint.repository.require_unchanged()
+            raise PluginFileError(f"The checkpoint {checkpoint.name} cannot be loaded: {error!r:.500}") from error
+        checkpoint.repository.require_unchanged()
+        model.name_or_path = model.config._name_or_path = str(checkpoint.name)  # not the folder in the cache
+    return Loaded(model, source_r, target_r, scale, plugins)
+
+
+def _resolve_source_r(source_r: int | None, recorded: dict) -> int:
+    known = recorded.get("source_r")
+    if source_r is None and known is None:
+        raise DegreeError(
+            "The checkpoint does not record the degree that it was trained at. "
+            "Pass source_r=0 if it was fine-tuned without token merging, else the r that it was trained with."
+        )
+    if source_r is not None:
+        source_r = require_degree(source_r, "source_r")
+        if known is not None and source_r != known:
+            raise DegreeError(
+                f"source_r={source_r} contradicts the checkpoint, whose configuration records source_r={known}. "
+                "Leave source_r out to use the recorded one."
+            )
+        return source_r
+    return require_degree(known, "source_r in the configuration")
+
+
+def _open_plugins(plugins: Any, model: Any, recorded: dict, checkpoint: Checkpoint | None) -> PluginSet | None:
+    if isinstance(plugins, PluginSet):
+        return plugins
+    if plugins is None and isinstance(getattr(model, "plugins", None), PluginSet):  # a TocomModel keeps its own
+        return model.plugins
+    download = {} if checkpoint is None else {**checkpoint.download}
+    download.pop("force_download", None)
+    if plugins is not None:
+        # the revision is the checkpoint's; plugins of another repository have their own
+        download.pop("revision", None)
+        return PluginSet.from_pretrained(plugins, **download)
+    if recorded.get("plugins") and checkpoint is not None:
+        subfolder = "/".join(part for part in (checkpoint.subfolder, PLUGINS_FOLDER) if part)
+        download["revision"] = checkpoint.repository.download.get("revision")
+        return PluginSet.from_pretrained(checkpoint.name, subfolder=subfolder, **download)
+    return None
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    """The transformers class that a checkpoint was saved from."""
+    if not supported_types(config):
+        raise unsupported(config.model_type)
+    names = config.architectures or ["AutoModel"]
+    name = names[0] if isinstance(names, list) else names
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if found is not transformers.AutoModel and not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise UnsupportedModelError(
+            f"The checkpoint was saved from {name!r:.100}, which is not a model class of transformers. "
+            "Load it with its own class and pass the model to TocomModel.from_pretrained."
+        )
+    return found
