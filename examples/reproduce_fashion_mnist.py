@@ -10,6 +10,7 @@ import argparse
 import copy
 import gzip
 import json
+import math
 import os
 from pathlib import Path
 
@@ -176,17 +177,25 @@ def export(model, plugins: PluginSet, args: argparse.Namespace) -> None:
     images, labels = load_split(args.data_dir, "train")
     scale, means = pick_scale(model, plugins, images[-VALIDATION:], labels[-VALIDATION:])
     test_images, test_labels = load_split(args.data_dir, "t10k")
+    plain, tocom, flipped = (grid(model, plugins, test_images, test_labels, s) for s in (0.0, scale, -scale))
     plugins.config.recommended_scale = scale
+    plugins.config.license = "apache-2.0"
+    plugins.config.evaluation = [
+        {
+            "dataset": "Fashion-MNIST", "dataset_id": "zalando-datasets/fashion_mnist", "split": "test",
+            "checkpoint": "vit-fashion-mnist", "source_r": 0, "target_r": degree, "scale": scale,
+            "plain": plain[str(degree)], "tocom": tocom[str(degree)],
+            "standard_error": round(math.sqrt(plain[str(degree)] * (1 - plain[str(degree)]) / len(test_labels)), 4),
+        }
+        for degree in DEGREES
+    ]  # fmt: skip
     plugins.config.training |= {
         "dataset": f"Fashion-MNIST, 58,000 training images in {args.plugin_epochs} random variants each",
+        "dataset_id": "zalando-datasets/fashion_mnist",
         "seed": args.seed,
         "held_out_mean_accuracy_by_scale": means,
-        "test_accuracy": {
-            "plain": grid(model, plugins, test_images, test_labels, 0.0),
-            "tocom": grid(model, plugins, test_images, test_labels, scale),
-            "tocom_sign_flipped": grid(model, plugins, test_images, test_labels, -scale),
-        },
-    }  # fmt: skip
+        "test_accuracy": {"plain": plain, "tocom": tocom, "tocom_sign_flipped": flipped},
+    }
     print(json.dumps(plugins.config.training, indent=2))
     plugins.save_pretrained(args.output_dir / "tocom-vit-fashion-mnist")
     TocomModel.from_pretrained(model, source_r=0).save_pretrained(args.output_dir / "checkpoint")
