@@ -59,12 +59,12 @@ def test_the_labels_are_what_is_drawn(monkeypatch):
     drawn, labels, names = images.count(12, 112, seed=0)
     for image, label in zip(drawn, labels, strict=True):
         assert components(np.asarray(image)[..., 0] > 0) == int(names[label])
-    monkeypatch.setattr(images, "_draw_shape", lambda draw, kind, place, *_: places.append((kind, place)))
+    monkeypatch.setattr(images, "_draw_shape", lambda draw, kind, place, *_: places.append(place))
     for seed in range(5):
         places = []
         _, (label,), _ = images.position(1, 112, seed)
-        ((x, y, _),) = [place for kind, place in places if kind == "ring"]
-        assert label == 4 * int(y / 28) + int(x / 28)
+        ((x, y, _),) = places
+        assert label == 3 * int(3 * y / 112) + int(3 * x / 112)
 
 
 def test_the_summary_joins_seeds(tmp_path):

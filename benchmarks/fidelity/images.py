@@ -37,7 +37,7 @@ CANVAS = 192  # pixels of the images to distil on
 
 
 def distillation_images(count: int, seed: int) -> datasets.Dataset:
-    """One to three drawings on a random background, and coloured Fashion-MNIST images (one in ten).
+    """Collages of one to twelve drawings on a random background, and coloured Fashion-MNIST images (one in ten).
 
     They are larger than what the model sees, because distillation looks at random parts of them.
 
@@ -60,9 +60,9 @@ def distillation_images(count: int, seed: int) -> datasets.Dataset:
             recent.append(_open(path))
             for _ in range(drawings * (index + 1) // len(files) - drawings * index // len(files)):
                 canvas = _background(CANVAS, generator)
-                for other in generator.choices(recent, k=generator.randrange(3)):
-                    _paste(canvas, other, generator, smallest=0.2)
-                _paste(canvas, recent[-1], generator, smallest=0.4)
+                for other in generator.choices(recent, k=generator.randrange(12)):
+                    _paste(canvas, other, generator, smallest=0.1, largest=0.6)
+                _paste(canvas, recent[-1], generator, smallest=0.2)
                 yield _jpeg(canvas)
         for _ in range(count // 10):
             grey = Image.fromarray(fashion[generator.randrange(len(fashion))]).resize((CANVAS, CANVAS), Image.BICUBIC)
@@ -90,7 +90,7 @@ def natural_files() -> dict[str, list[Path]]:
 
 
 def natural(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[int], list[str]]:
-    """Clip art of nine kinds of things, on coloured noise. Every picture is used at most once."""
+    """Clip art of nine kinds of things, before scribbles. Every picture is used at most once."""
     generator = random.Random(seed)
     labelled = [(path, label) for label, paths in enumerate(natural_files().values()) for path in paths]
     generator.shuffle(labelled)
@@ -98,28 +98,27 @@ def natural(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[i
         raise ValueError(f"There are {len(labelled)} pictures of {', '.join(NATURAL)}, but {count} are asked for.")
     images = []
     for path, _ in labelled[:count]:
-        canvas = _background(size, generator)
+        canvas = _scribbles(size, generator)
         _paste(canvas, _open(path), generator, smallest=0.6)
         images.append(canvas)
     return images, [label for _, label in labelled[:count]], list(NATURAL)
 
 
 def digits(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[int], list[str]]:
-    """The middle one of three digits in a random font, tilted and sheared, on coloured noise."""
+    """A digit in a random font, tilted, sheared and shifted, before scribbles."""
     generator = random.Random(seed)
     fonts = sorted(path for pattern in FONT_PATTERNS for path in FONTS.glob(pattern))
     fonts = [path for path in fonts if not path.stem.startswith(NOT_LATIN)]
     images, labels = [], []
     for _ in range(count):
-        text = [generator.randrange(10) for _ in range(3)]
-        font = ImageFont.truetype(fonts[generator.randrange(len(fonts))], round(size * generator.uniform(0.22, 0.34)))
+        labels.append(generator.randrange(10))
+        font = ImageFont.truetype(fonts[generator.randrange(len(fonts))], round(size * generator.uniform(0.4, 0.65)))
         mask = Image.new("L", (size, size))
-        ImageDraw.Draw(mask).text((size / 2, size / 2), "".join(map(str, text)), fill=255, font=font, anchor="mm")
+        ImageDraw.Draw(mask).text((size / 2, size / 2), str(labels[-1]), fill=255, font=font, anchor="mm")
         mask = mask.transform(mask.size, Image.AFFINE, _affine(size, generator), Image.BICUBIC)
-        canvas = _background(size, generator)
+        canvas = _scribbles(size, generator)
         canvas.paste(_contrasting(canvas, generator), (0, 0), mask)
         images.append(canvas)
-        labels.append(text[1])
     return images, labels, [str(digit) for digit in range(10)]
 
 
@@ -143,24 +142,17 @@ def count(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[int
 
 
 def position(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[int], list[str]]:
-    """Where the ring is, in a grid of four by four, among five to nine other shapes of its colour."""
+    """Where a disc is, in a grid of three by three, before scribbles."""
     generator = random.Random(seed)
-    images, labels, cell = [], [], size / 4
+    images, labels = [], []
     for _ in range(count):
-        canvas = _background(size, generator)
-        colour, draw, placed = _contrasting(canvas, generator), ImageDraw.Draw(canvas), []
-        wanted = generator.randint(5, 9) + 1
-        while len(placed) < wanted:
-            radius = size * generator.uniform(0.045, 0.075)
-            x, y = (generator.uniform(radius + 1, size - radius - 1) for _ in range(2))
-            if all(math.hypot(x - u, y - v) > radius + other + 2 for u, v, other in placed):
-                kind = generator.choice(SHAPES[:-1]) if placed else SHAPES[-1]
-                placed.append((x, y, radius))
-                _draw_shape(draw, kind, (x, y, radius), generator.uniform(0, math.pi), colour)
-        x, y, _ = placed[0]
+        canvas = _scribbles(size, generator)
+        radius = size * generator.uniform(0.06, 0.1)
+        x, y = (generator.uniform(radius + 1, size - radius - 1) for _ in range(2))
+        _draw_shape(ImageDraw.Draw(canvas), "circle", (x, y, radius), 0.0, _contrasting(canvas, generator))
         images.append(canvas)
-        labels.append(int(y // cell) * 4 + int(x // cell))
-    return images, labels, [f"row {row} column {column}" for row in range(4) for column in range(4)]
+        labels.append(int(3 * y / size) * 3 + int(3 * x / size))
+    return images, labels, [f"row {row} column {column}" for row in range(3) for column in range(3)]
 
 
 TASKS: dict[str, Callable[[int, int, int], tuple[list[Image.Image], list[int], list[str]]]] = {
@@ -229,9 +221,11 @@ def _open(path: Path) -> Image.Image:
     return picture.crop(picture.getchannel("A").getbbox() or (0, 0, *picture.size))
 
 
-def _paste(canvas: Image.Image, picture: Image.Image, generator: random.Random, smallest: float) -> None:
-    """Lay a drawing on a canvas, at a random place and a random size of at least `smallest` of what fits."""
-    room = canvas.width * generator.uniform(smallest, 1) / max(picture.size)
+def _paste(
+    canvas: Image.Image, picture: Image.Image, generator: random.Random, smallest: float, largest: float = 1.0
+) -> None:
+    """Lay a drawing on a canvas, at a random place and a random size of `smallest` to `largest` of what fits."""
+    room = canvas.width * generator.uniform(smallest, largest) / max(picture.size)
     width, height = (max(1, round(side * room)) for side in picture.size)
     x, y = generator.randint(0, canvas.width - width), generator.randint(0, canvas.height - height)
     picture = picture.resize((width, height), Image.BICUBIC)
@@ -252,6 +246,18 @@ def _background(size: int, generator: random.Random) -> Image.Image:
     strength = generator.randint(3, 24)
     fine = values.integers(-strength, strength + 1, (size, size, 3), dtype=np.int16)
     return Image.fromarray(np.clip(np.asarray(blend) + fine, 0, 255).astype(np.uint8))
+
+
+def _scribbles(size: int, generator: random.Random) -> Image.Image:
+    """A background with forty short strokes of all colours, so that no two patches are alike."""
+    canvas = _background(size, generator)
+    draw = ImageDraw.Draw(canvas)
+    for _ in range(40):
+        x, y, angle = generator.uniform(0, size), generator.uniform(0, size), generator.uniform(0, 2 * math.pi)
+        length = size * generator.uniform(0.05, 0.2)
+        end = x + length * math.cos(angle), y + length * math.sin(angle)
+        draw.line((x, y, *end), fill=_colour(generator), width=max(1, round(size * generator.uniform(0.005, 0.035))))
+    return canvas
 
 
 def _colour(generator: random.Random) -> tuple[int, int, int]:
