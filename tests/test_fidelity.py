@@ -59,22 +59,24 @@ def test_the_labels_are_what_is_drawn(monkeypatch):
     drawn, labels, names = images.count(12, 112, seed=0)
     for image, label in zip(drawn, labels, strict=True):
         assert components(np.asarray(image)[..., 0] > 0) == int(names[label])
-    monkeypatch.setattr(images, "_draw_shape", lambda draw, kind, place, *_: places.append(place))
-    for seed in range(5):
-        places = []
-        _, (label,), _ = images.position(1, 112, seed)
-        ((x, y, _),) = places
-        assert label == 3 * int(3 * y / 112) + int(3 * x / 112)
+    monkeypatch.setattr(images, "_scribbles", lambda size, generator: images.Image.new("RGB", (size, size)))
+    drawn, labels, _ = images.orientation(8, 112, seed=0)
+    for image, label in zip(drawn, labels, strict=True):
+        rows, columns = np.nonzero(np.asarray(image)[..., 0])
+        _, vectors = np.linalg.eigh(np.cov(columns, rows))
+        x, y = vectors[:, -1]
+        assert abs((np.degrees(np.arctan2(y, x)) - 22.5 * (label + 0.5) + 90) % 180 - 90) < 11.25 + 3
 
 
 def test_the_summary_joins_seeds(tmp_path):
     import run
 
     for seed in (0, 1):
-        runs = [make_run(s, s, seed, 0.9) for s in (0, 4)] + [make_run(s, 4 - s, seed, 0.5, 0.7) for s in (0, 4)]
-        settings = {"dataset": "x", "checkpoints": [f"r0-seed{seed}", f"r4-seed{seed}"]}
-        Report(settings, runs, [Cost(0, 2e9), Cost(4, 1e9)]).save(tmp_path / "grids" / "count" / f"seed{seed}")
-    run.tabulate({}, tmp_path, tmp_path / "results", ["count", "not there"], [0, 1, 2])
+        for r in (0, 4):
+            runs = [make_run(r, r, seed, 0.9), make_run(r, 4 - r, seed, 0.5, 0.7)]
+            report = Report({"dataset": "x", "checkpoints": [""]}, runs, [Cost(0, 2e9), Cost(4, 1e9)])
+            report.save(run.grid(tmp_path, "count", r, seed))
+    run.tabulate({"degrees": [0, 4]}, tmp_path, tmp_path / "results", ["count", "not there"], [0, 1, 2])
     content = json.loads((tmp_path / "results" / "count" / "grid.json").read_text())
     assert [cell["checkpoints"] for cell in content["cells"]] == [2] * 4
     moved = [cell for cell in content["cells"] if cell["source_r"] != cell["target_r"]]

@@ -141,25 +141,25 @@ def count(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[int
     return images, labels, [str(number) for number in range(1, 9)]
 
 
-def position(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[int], list[str]]:
-    """Where a disc is, in a grid of three by three, before scribbles."""
+def orientation(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[int], list[str]]:
+    """Which of eight directions a bar has, before scribbles."""
     generator = random.Random(seed)
     images, labels = [], []
     for _ in range(count):
         canvas = _scribbles(size, generator)
-        radius = size * generator.uniform(0.06, 0.1)
+        radius, angle = size * generator.uniform(0.14, 0.28), generator.uniform(0, math.pi)
         x, y = (generator.uniform(radius + 1, size - radius - 1) for _ in range(2))
-        _draw_shape(ImageDraw.Draw(canvas), "circle", (x, y, radius), 0.0, _contrasting(canvas, generator))
+        _draw_shape(ImageDraw.Draw(canvas), "bar", (x, y, radius), angle, _contrasting(canvas, generator))
         images.append(canvas)
-        labels.append(int(3 * y / size) * 3 + int(3 * x / size))
-    return images, labels, [f"row {row} column {column}" for row in range(3) for column in range(3)]
+        labels.append(int(8 * angle / math.pi))
+    return images, labels, [f"{22.5 * index:g} to {22.5 * (index + 1):g} degrees" for index in range(8)]
 
 
 TASKS: dict[str, Callable[[int, int, int], tuple[list[Image.Image], list[int], list[str]]]] = {
     "natural": natural,
     "digits": digits,
     "count": count,
-    "position": position,
+    "orientation": orientation,
 }
 
 

@@ -5,7 +5,7 @@
     python benchmarks/fidelity/run.py --config ... --output_dir ... --stages finetune evaluate --tasks count --seeds 1
 
 Stages: `data` makes the images, `base` stores the backbone with an image processor of the study's size, `distil` makes
-the plugin set, `finetune` the checkpoints, `evaluate` the grid of each task and seed, `arithmetic` the evidence
+the plugin set, `finetune` the checkpoints, `evaluate` the grid of each task, `arithmetic` the evidence
 of eq. 1, `tabulate` the tables and plots. The work is done by the scripts in `examples/`, whose commands are printed.
 """
 
@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--tasks", nargs="+", help="Only these tasks.")
     parser.add_argument("--seeds", type=int, nargs="+", help="Only these seeds.")
-    parser.add_argument("--source_r", type=int, nargs="+", help="Fine-tune only at these degrees.")
+    parser.add_argument("--source_r", type=int, nargs="+", help="Only checkpoints of these degrees.")
     parser.add_argument("--results_dir", type=Path, help="Where tables and plots go; default: OUTPUT_DIR/results.")
     return parser.parse_args()
 
@@ -131,14 +131,14 @@ def finetune(config: dict, root: Path, task: str, source_r: int, seed: int) -> N
     part.rename(folder)
 
 
-def evaluate(config: dict, root: Path, task: str, seed: int) -> None:
-    """The grid of one seed. Seeds are joined by `tabulate`, from what every checkpoint made of every image."""
-    folder = root / "grids" / task / f"seed{seed}"
+def evaluate(config: dict, root: Path, task: str, source_r: int, seed: int) -> None:
+    """One row of the grid. Rows are joined by `tabulate`, from what every checkpoint made of every image."""
+    folder = grid(root, task, source_r, seed)
     if (folder / "grid.json").exists():
         return
     run(
         "evaluate.py",
-        checkpoints=[checkpoint(root, task, source_r, seed) for source_r in config["degrees"]],
+        checkpoints=checkpoint(root, task, source_r, seed),
         plugins=root / "plugins",
         dataset_name=root / "data" / task,
         target_r=config["degrees"],
@@ -173,15 +173,15 @@ def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: l
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for task in tasks:
-        paths = [path for seed in seeds if (path := root / "grids" / task / f"seed{seed}" / "grid.json").exists()]
-        if not paths:
+        paths = [grid(root, task, r, seed) / "grid.json" for seed in seeds for r in config["degrees"]]
+        reports = [Report.load(path) for path in paths if path.exists()]
+        if not reports:
             continue
-        reports = [Report.load(path) for path in paths]
         names = [name for report in reports for name in report.settings["checkpoints"]]
         settings = {**reports[0].settings, "dataset": task, "checkpoints": names}
         joined = Report(settings, [run for report in reports for run in report.runs], reports[0].costs)
         joined.save(results / task)
-        lines.append(summary_line(task, len(paths), joined.cells))
+        lines.append(summary_line(task, max(cell.checkpoints for cell in joined.cells), joined.cells))
         print(f"{task}\n{joined.markdown()}\n", flush=True)
     (results / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
@@ -216,6 +216,10 @@ def checkpoint(root: Path, task: str, source_r: int, seed: int) -> Path:
     return root / "checkpoints" / task / f"r{source_r}-seed{seed}"
 
 
+def grid(root: Path, task: str, source_r: int, seed: int) -> Path:
+    return root / "grids" / task / f"r{source_r}-seed{seed}"
+
+
 def run(script: str, **arguments: Any) -> None:
     """Run a script of `examples/`, and stop where it fails."""
     command = [sys.executable, str(EXAMPLES / script)]
@@ -243,10 +247,8 @@ def main() -> None:
             for source_r in args.source_r or config["degrees"]:
                 if "finetune" in args.stages:
                     finetune(config, root, task, source_r, seed)
-    for seed in seeds:
-        for task in tasks:
-            if "evaluate" in args.stages:
-                evaluate(config, root, task, seed)
+                if "evaluate" in args.stages:
+                    evaluate(config, root, task, source_r, seed)
     results = args.results_dir or root / "results"
     if "arithmetic" in args.stages:
         for seed in seeds:
