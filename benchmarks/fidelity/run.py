@@ -27,7 +27,9 @@ from tocom_hf.grid import Cell
 from tocom_hf.reports import Report, gap_closed
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+HERE = Path(__file__).parent
+EXAMPLES = HERE.parents[1] / "examples"
+LINEAR = "linear-"  # before the name of a task: a linear head on the frozen backbone instead of fine-tuning
 STAGES = ("data", "base", "distil", "finetune", "evaluate", "arithmetic", "tabulate")
 
 
@@ -126,7 +128,19 @@ def finetune(config: dict, root: Path, task: str, source_r: int, seed: int) -> N
         return
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    data, more = root / "data" / task, {"source_r": source_r, "seed": seed, "eval_split": "validation"}
+    if task.startswith(LINEAR):
+        data, precision = data_folder(root, task), config["precision"]
+        run(
+            HERE / "linear.py",
+            model=root / "base",
+            data=data,
+            source_r=source_r,
+            mixed_precision=precision,
+            output_dir=part,
+        )
+        part.rename(folder)
+        return
+    data, more = data_folder(root, task), {"source_r": source_r, "seed": seed, "eval_split": "validation"}
     train(config, config["finetuning"], root / "base", data, part, **more)
     part.rename(folder)
 
@@ -140,7 +154,7 @@ def evaluate(config: dict, root: Path, task: str, source_r: int, seed: int) -> N
         "evaluate.py",
         checkpoints=checkpoint(root, task, source_r, seed),
         plugins=root / "plugins",
-        dataset_name=root / "data" / task,
+        dataset_name=data_folder(root, task),
         target_r=config["degrees"],
         scales=config["scales"],
         fixed_scales=config.get("fixed_scales", []),
@@ -212,6 +226,10 @@ def mean(values) -> float:
     return sum(values) / len(values)
 
 
+def data_folder(root: Path, task: str) -> Path:
+    return root / "data" / task.removeprefix(LINEAR)
+
+
 def checkpoint(root: Path, task: str, source_r: int, seed: int) -> Path:
     return root / "checkpoints" / task / f"r{source_r}-seed{seed}"
 
@@ -220,21 +238,22 @@ def grid(root: Path, task: str, source_r: int, seed: int) -> Path:
     return root / "grids" / task / f"r{source_r}-seed{seed}"
 
 
-def run(script: str, **arguments: Any) -> None:
-    """Run a script of `examples/`, and stop where it fails."""
+def run(script: str | Path, **arguments: Any) -> None:
+    """Run a script of `examples/`, or of another folder, and stop where it fails."""
     command = [sys.executable, str(EXAMPLES / script)]
     for name, value in arguments.items():
         values = value if isinstance(value, list) else [value]
         if values:
             command += [f"--{name}", *map(str, values)]
-    print("$ python examples/" + " ".join([script, *command[2:]]), flush=True)
+    print("$ python " + " ".join([str(script), *command[2:]]), flush=True)
     subprocess.run(command, check=True)
 
 
 def main() -> None:
     args = parse_args()
     config, root = json.loads(args.config.read_text(encoding="utf-8")), args.output_dir
-    tasks, seeds = args.tasks or list(config["tasks"]), args.seeds or config["seeds"]
+    tasks = [name for task in config["tasks"] for name in (task, *([LINEAR + task] if config.get("linear") else []))]
+    tasks, seeds = args.tasks or tasks, args.seeds or config["seeds"]
     model = args.model or config["model"]
     if "data" in args.stages:
         make_data(config, root / "data", tasks)
@@ -245,6 +264,8 @@ def main() -> None:
     for seed in seeds:
         for task in tasks:
             for source_r in args.source_r or config["degrees"]:
+                if task.startswith(LINEAR) and seed != config["seeds"][0]:
+                    continue  # nothing about them is random
                 if "finetune" in args.stages:
                     finetune(config, root, task, source_r, seed)
                 if "evaluate" in args.stages:
