@@ -2,11 +2,11 @@
 """Run the study of a configuration, stage by stage. Every stage skips what is already there.
 
     python benchmarks/fidelity/run.py --config benchmarks/fidelity/study_b.json --output_dir runs/study-b
-    python benchmarks/fidelity/run.py --config ... --output_dir ... --stages finetune evaluate --tasks count --seeds 1
+    python benchmarks/fidelity/run.py --config ... --output_dir ... --stages finetune evaluate --tasks digits --seeds 1
 
 Stages: `data` makes the images, `base` stores the backbone with an image processor of the study's size, `distil` makes
-the plugin set, `finetune` the checkpoints, `evaluate` the grid of each task, `arithmetic` the evidence
-of eq. 1, `tabulate` the tables and plots. The work is done by the scripts in `examples/`, whose commands are printed.
+the plugin set, `finetune` the checkpoints, `evaluate` the grid of each task, `arithmetic` the evidence of eq. 1,
+`tabulate` the tables and plots. The work is done by the scripts in `examples/`, whose commands are printed.
 """
 
 import argparse
@@ -41,6 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--tasks", nargs="+", help="Only these tasks.")
     parser.add_argument("--seeds", type=int, nargs="+", help="Only these seeds.")
+    parser.add_argument("--degrees", type=int, nargs="+", help="Only these degrees, as source and as target.")
     parser.add_argument("--source_r", type=int, nargs="+", help="Only checkpoints of these degrees.")
     parser.add_argument("--results_dir", type=Path, help="Where tables and plots go; default: OUTPUT_DIR/results.")
     return parser.parse_args()
@@ -104,7 +105,7 @@ def train(config: dict, arguments: dict, model: Path, data: Path, output_dir: Pa
     )
 
 
-def distil(config: dict, model: str, root: Path) -> None:
+def distil(config: dict, root: Path) -> None:
     folder = root / "plugins"
     if (folder / CONFIG_NAME).exists():
         return
@@ -128,20 +129,13 @@ def finetune(config: dict, root: Path, task: str, source_r: int, seed: int) -> N
         return
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
+    base, data = root / "base", data_folder(root, task)
     if task.startswith(LINEAR):
-        data, precision = data_folder(root, task), config["precision"]
-        run(
-            HERE / "linear.py",
-            model=root / "base",
-            data=data,
-            source_r=source_r,
-            mixed_precision=precision,
-            output_dir=part,
-        )
-        part.rename(folder)
-        return
-    data, more = data_folder(root, task), {"source_r": source_r, "seed": seed, "eval_split": "validation"}
-    train(config, config["finetuning"], root / "base", data, part, **more)
+        more = {"source_r": source_r, "mixed_precision": config["precision"]}
+        run(HERE / "linear.py", model=base, data=data, output_dir=part, **more)
+    else:
+        more = {"source_r": source_r, "seed": seed, "eval_split": "validation"}
+        train(config, config["finetuning"], base, data, part, **more)
     part.rename(folder)
 
 
@@ -252,6 +246,7 @@ def run(script: str | Path, **arguments: Any) -> None:
 def main() -> None:
     args = parse_args()
     config, root = json.loads(args.config.read_text(encoding="utf-8")), args.output_dir
+    config["degrees"] = args.degrees or config["degrees"]
     tasks = [name for task in config["tasks"] for name in (task, *([LINEAR + task] if config.get("linear") else []))]
     tasks, seeds = args.tasks or tasks, args.seeds or config["seeds"]
     model = args.model or config["model"]
@@ -260,7 +255,7 @@ def main() -> None:
     if "base" in args.stages:
         make_base(config, model, root / "base")
     if "distil" in args.stages:
-        distil(config, model, root)
+        distil(config, root)
     for seed in seeds:
         for task in tasks:
             for source_r in args.source_r or config["degrees"]:
