@@ -8,9 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 
 from .architectures import find_backbone
 from .errors import DatasetError
@@ -111,27 +109,6 @@ def throughput(
         )
         for degree, times in seconds.items()
     }
-
-
-@torch.no_grad()
-def count_flops(model: TocomModel, degrees: Sequence[int], pixel_values: torch.Tensor) -> dict[int, float]:
-    """Floating-point operations of one image at several degrees, by `torch.utils.flop_counter`.
-
-    It counts the matrix products (a multiplication and an addition are two), which is what papers report, so that the
-    matching itself counts by its similarities alone.
-
-    Args:
-        model: The model; it runs without compensation, which costs the same.
-        degrees: The degrees to count at.
-        pixel_values: Any batch for the model, `(batch, channels, height, width)`, on its device; one image is used.
-    """
-    flops = {}
-    for degree in degrees:
-        # fused kernels that the counter does not know would count for nothing
-        with plain_merging(model, degree), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(pixel_values=pixel_values[:1])
-        flops[degree] = float(counter.get_total_flops())
-    return flops
 
 
 def evaluate_degrees(

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .evaluation import count_flops, throughput
+from .evaluation import throughput
 from .files import read_json
+from .flops import count_flops
 from .folders import write_folder
 from .grid import Cell, CellRun, summarize
 from .modeling import TocomModel
@@ -154,9 +155,9 @@ def measure_costs(model: TocomModel, degrees: Sequence[int], pixel_values: torch
         pixel_values: The batch to run, on the model's device.
         rounds: Rounds of timing; 0 for none.
     """
-    flops = count_flops(model, degrees, pixel_values)
+    height, width = pixel_values.shape[-2:]
     speed = throughput(model, sorted({0, *degrees}), pixel_values, rounds) if rounds else {}
-    return [Cost(degree, flops[degree], *speed.get(degree, ())) for degree in degrees]
+    return [Cost(degree, count_flops(model, degree, (height, width)), *speed.get(degree, ())) for degree in degrees]
 
 
 def gap_closed(cells: Iterable[Cell], method: str) -> tuple[float, float] | None:
