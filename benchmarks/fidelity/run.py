@@ -11,6 +11,7 @@ the plugin set, `finetune` the checkpoints, `evaluate` the grid of each task, `a
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -196,14 +197,16 @@ def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: l
 
 
 def summary_line(task: str, seeds: int, cells: list[Cell]) -> str:
-    """Means over the cells off the diagonal; the gap closed is that of the summed gains over the summed gaps."""
+    """Means over the cells off the diagonal; the gap closed is that of the summed gains over the summed gaps, where
+    these are more than twice their standard error."""
     moved = [cell for cell in cells if cell.compensated and cell.gap is not None and cell.gap_se is not None]
     clear = sum(cell.gap > 2 * cell.gap_se for cell in moved if cell.gap is not None and cell.gap_se is not None)
+    error = math.sqrt(sum(cell.gap_se**2 for cell in moved if cell.gap_se is not None))
     texts = [f"{100 * mean(cell.plain for cell in moved):.1f}"]
     for method in ("paper", "wide"):
         closed = gap_closed(moved, method)
         texts.append(f"{100 * mean(cell.compensated[method].accuracy for cell in moved):.1f}")
-        texts.append(f"{100 * closed[0]:.0f} %" if closed else "no gap")
+        texts.append(f"{100 * closed[0]:.0f} %" if closed and closed[1] > 2 * error else "no clear gap")
     worse = [
         f"{cell.source_r}→{cell.target_r} ({method})"
         for cell in moved
