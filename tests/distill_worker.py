@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -58,5 +59,6 @@ def main(settings):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # which it waits for its threads in every epoch of a stream
     with open(sys.argv[1]) as file:
         main(json.load(file))

@@ -217,6 +217,7 @@ def keep_saving(folder, value, until):
         save = uniform(value, model).save_pretrained
     while time.monotonic() < until:
         save(folder)
+        time.sleep(0.02)  # somebody may read, too
 
 
 @pytest.mark.parametrize("what", ["set", "model"])

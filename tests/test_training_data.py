@@ -19,6 +19,12 @@ from tocom_hf.training_data import KeyedImages, KeyedStream, StreamState, Traini
 PROCESSOR = ViTImageProcessorPil(size={"height": 4, "width": 4})
 
 
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    """datasets waits five seconds for its threads at the end of an epoch of parquet files."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """24 images in four files; image i has the grey value 10 i."""

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import random
 import re
 import shutil
 import tempfile
@@ -106,10 +107,14 @@ def generation(folder: Path, probe: str) -> tuple[int, ...]:
 
 
 def retry_while_saved(load: Callable[[], T], attempts: int = 20) -> T:
-    """Call `load` again where a folder was saved anew while it was being read."""
-    for _ in range(attempts - 1):
+    """Call `load` again where a folder was saved anew while it was being read.
+
+    Between two attempts it waits for a random time, longer each time, so that it does not stay in step with a writer.
+    """
+    for attempt in range(attempts - 1):
         with contextlib.suppress(FolderChangedError):
             return load()
+        time.sleep(random.uniform(0, 0.01 * (attempt + 1)))
     return load()
 
 
