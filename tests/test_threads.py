@@ -74,7 +74,10 @@ def test_forward_calls_see_one_degree_while_another_thread_switches(composed, pi
     assert len(seen) > 1
 
 
-def test_a_switch_in_the_middle_of_a_forward_call_waits_for_its_end(composed, pixel_values):
+@pytest.mark.parametrize("compiling", [False, True], ids=["", "while another thread compiles"])
+def test_a_switch_in_the_middle_of_a_forward_call_waits_for_its_end(composed, pixel_values, compiling, monkeypatch):
+    # torch keeps one flag for all threads
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", compiling)
     before, inside, order = logits(composed, pixel_values), threading.Event(), []
 
     def pause(*_):

@@ -168,8 +168,9 @@ class TocomModel(PreTrainedModel):
         self._switch(target_r, self._tocom.scale if scale is None else require_scale(scale))
 
     def __call__(self, *args, **kwargs):
-        # Dynamo cannot trace a lock; `model.compile()` compiles what is called from here, so it keeps it
-        if torch.compiler.is_compiling():
+        # Dynamo cannot trace a lock; `model.compile()` compiles what is called from here, so it keeps it.
+        # is_compiling() would not do: it is true in every thread while any of them compiles.
+        if torch.compiler.is_dynamo_compiling():
             return super().__call__(*args, **kwargs)
         with self._tocom_lock.reading():
             return super().__call__(*args, **kwargs)
