@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from conftest import make_model
 from PIL import Image
 from safetensors.torch import load_file
-from torch.utils.data import Dataset
+from test_distillation import Noise
 
 from tocom_hf.distillation import DistillationArguments, distill, hold_out
 from tocom_hf.errors import ArgumentError, CheckpointError, DatasetError, DistillationError, DistillationInterrupted
@@ -29,17 +29,6 @@ RECIPE = {
     "max_r": 4, "max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 0.3, "lora_dropout": 0.1,
     "randaugment_num_ops": 2, "random_erasing": 0.25, "mixup": 0.8, "cutmix": 1.0,
 }  # fmt: skip
-
-
-class Noise(Dataset):
-    def __init__(self, count=32):
-        self.images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return {"pixel_values": self.images[index]}
 
 
 @pytest.fixture(scope="module")
