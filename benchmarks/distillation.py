@@ -22,12 +22,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from inference import SIZES, describe_device, make_model, synchronize
+from inference import SIZES, make_model
 from reference_tome import layer_forward
 from torch import nn
 
 from tocom_hf import apply_tome
 from tocom_hf.architectures import find_backbone
+from tocom_hf.devices import describe_device, synchronize
 from tocom_hf.distillation import SelfDistiller
 from tocom_hf.keyed_random import image_keys
 from tocom_hf.objectives import OBJECTIVES

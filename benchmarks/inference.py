@@ -11,7 +11,6 @@ Writes a table and a plot. Only ratios within one run mean anything.
 import argparse
 import datetime
 import json
-import platform
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
 from tocom_hf import apply_tome
+from tocom_hf.devices import describe_device, synchronize
 
 
 SIZES = {"s": (384, 6, 12), "b": (768, 12, 12), "l": (1024, 16, 24)}  # hidden size, heads, layers
@@ -77,11 +77,6 @@ def seconds(model, pixel_values: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def measure(args, size: str, image_size: int, batch_size: int, dtype: str) -> list[dict]:
     device, kind = torch.device(args.device), getattr(torch, dtype)
     # random images with some structure: neighbouring patches resemble each other, as in photographs
@@ -130,16 +125,6 @@ def measure(args, size: str, image_size: int, batch_size: int, dtype: str) -> li
         })  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
     return rows
-
-
-def describe_device(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(torch.device(device))
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def write_table(rows: list[dict], args, path: Path) -> None:

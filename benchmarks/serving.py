@@ -32,8 +32,8 @@ import httpx
 import torch
 from transformers import AutoConfig
 
-from tocom_hf.calibration import describe_device
 from tocom_hf.data import load_images
+from tocom_hf.devices import describe_device
 
 
 ROOT = Path(__file__).parent.parent

@@ -50,7 +50,7 @@ class DistillationArguments:
     weight_decay: float = _argument(0.05, "Of AdamW.")
     max_grad_norm: float | None = _argument(None, "Clip gradients to this norm.")
     ema_decay: float | None = _argument(None, "Keep an exponential moving average of the plugins, and return that.")
-    gradient_checkpointing: bool = _argument(False, "Recompute activations: less memory, about a third more time.")
+    gradient_checkpointing: bool = _argument(False, "Recompute activations: less memory, more time.")
     max_nonfinite_steps: int = _argument(10, "Stop after so many steps in a row whose loss is not finite.")
 
     min_crop: float = _argument(0.08, "Smallest share of an image that a random view shows; 1 shows all of it.")

@@ -5,7 +5,6 @@ import contextlib
 import json
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from transformers.utils import logging
 
 from .architectures import Backbone, find_backbone
 from .budget import Budget
+from .devices import describe_device, synchronize
 from .errors import ArgumentError, BudgetError, CalibrationError, DegreeError
 from .flops import Example, count, count_flops
 from .merging import require_degree
@@ -345,20 +345,6 @@ def choose_degree(
     return calibration.degree_for(**{budget.name: budget.value}, degrees=degrees)
 
 
-def describe_device(device: torch.device) -> str:
-    """The name of a device as a person knows it; on a CPU with the number of threads that torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return str(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} thread(s)"
-
-
 @torch.no_grad()
 def _measure(
     model: PreTrainedModel, degrees: Sequence[int], example: Example, seconds: float, progress: bool
@@ -370,10 +356,10 @@ def _measure(
     def run_round() -> None:
         for degree in degrees:
             with merging_at(model, degree):
-                _synchronize(device)
+                synchronize(device)
                 start = time.perf_counter()
                 example.run()
-                _synchronize(device)
+                synchronize(device)
                 times[degree].append(time.perf_counter() - start)
 
     desc, bar_format = f"calibrating {len(degrees)} degrees", "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
@@ -406,8 +392,3 @@ def _times(shape: tuple[int, ...]) -> str:
 def _restore_modes(modes: list[tuple[torch.nn.Module, bool]]) -> None:
     for module, training in modes:
         module.training = training
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -21,6 +21,7 @@ from .agreement import format_grid
 from .architectures import Backbone, find_backbone
 from .arguments import PRESETS, DistillationArguments
 from .config import BackboneFacts, PluginSetConfig
+from .devices import describe_device
 from .errors import ArgumentError, DatasetError, UnsupportedModelError
 from .objectives import Objective, find_objective
 from .patching import apply_tome, get_schedule, remove_tome
@@ -121,7 +122,7 @@ def distill(
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "num_processes": accelerator.num_processes,
             "mixed_precision": accelerator.mixed_precision,
-            "hardware": _describe_device(accelerator.device),
+            "hardware": describe_device(accelerator.device),
             "num_images": num_images,
             **figures,
             **(training_facts or {}),
@@ -272,7 +273,3 @@ def _check_accelerator(accelerator: Accelerator) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if accelerator.distributed_type == DistributedType.FSDP and plugin is not None and plugin.fsdp_version != 2:
         raise ArgumentError("Set fsdp_version to 2 (examples/configs/fsdp.yaml): version 1 wraps the model.")
-
-
-def _describe_device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -11,10 +11,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .architectures import find_backbone
+from .devices import synchronize
 from .errors import DatasetError
 from .merging import tokens_per_layer
 from .modeling import TocomModel
-from .patching import apply_tome, get_schedule
+from .patching import merging_at
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,8 @@ class DegreeResult:
 @contextmanager
 def plain_merging(model: TocomModel, r: int):
     """Run a `TocomModel` at another degree without compensation within a `with` block: the weights at `source_r`."""
-    with model.at(model.source_r):
-        schedule = get_schedule(model)
-        apply_tome(model, r)
-        try:
-            yield model
-        finally:
-            apply_tome(model, list(schedule or ()))
+    with model.at(model.source_r), merging_at(model, r):
+        yield model
 
 
 @torch.no_grad()
@@ -96,10 +92,10 @@ def throughput(
     for _ in range(rounds + 1):
         for degree in degrees:
             with plain_merging(model, degree):
-                _synchronize(pixel_values.device)
+                synchronize(pixel_values.device)
                 start = time.perf_counter()
                 model(pixel_values=pixel_values)
-                _synchronize(pixel_values.device)
+                synchronize(pixel_values.device)
                 seconds[degree].append(time.perf_counter() - start)
     baseline = seconds[degrees[0]][1:]
     return {
@@ -175,8 +171,3 @@ def _input_tokens(model: TocomModel, pixel_values: torch.Tensor) -> int:
     finally:
         handle.remove()
     return counts[0]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

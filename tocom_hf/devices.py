@@ -1,0 +1,28 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Names of devices for people, and waiting for what a device still has to do."""
+
+import platform
+from pathlib import Path
+
+import torch
+
+
+def describe_device(device: torch.device | str) -> str:
+    """The name of a device as a person knows it; on a CPU with the number of threads that torch uses."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return str(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} thread(s)"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has finished; a CPU has, when a call returns."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
