@@ -1,6 +1,8 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """What is compared is what heads of each family read."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from conftest import make_model
 from families import FAMILIES
 
 from tocom_hf import ArgumentError, UnsupportedModelError
+from tocom_hf.inputs import model_inputs
 from tocom_hf.objectives import OBJECTIVES, find_objective
 
 
@@ -76,3 +79,12 @@ def test_wrong_objectives_are_refused():
         find_objective("labels", make_model())
     with pytest.raises(UnsupportedModelError, match="no classifier"):
         find_objective("logits", make_model().vit)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if not f.audio], ids=str)
+def test_models_that_can_are_asked_to_interpolate_positions(family):
+    """Also where the configuration has its image size in a part of it, as SigLIP's."""
+    model = family.make()
+    takes_any_size = "interpolate_pos_encoding" in inspect.signature(type(model).forward).parameters
+    assert ("interpolate_pos_encoding" in model_inputs(model, torch.zeros(1, 3, 48, 48))) == takes_any_size
+    assert "interpolate_pos_encoding" not in model_inputs(model, torch.zeros(1, 3, 32, 32))

@@ -2,8 +2,7 @@
 """Tokens and floating-point operations of a forward pass at a degree, counted while it runs on example inputs."""
 
 import contextlib
-import inspect
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .architectures import find_backbone
 from .errors import ArgumentError
+from .inputs import model_inputs
 from .merging import require_degree, tokens_per_layer
 from .patching import merging_at
 
@@ -51,42 +51,34 @@ class Example(NamedTuple):
 
     Attributes:
         module: The model; its vision backbone alone where the model wants text too.
-        name: Keyword of the batch.
         batch: Random inputs, on the model's device and in its dtype.
-        more: Other keywords.
     """
 
     module: PreTrainedModel
-    name: str
     batch: torch.Tensor
-    more: dict[str, Any]
 
     @classmethod
     def of(cls, model: PreTrainedModel, image_size: int | tuple[int, int] | None, batch_size: int) -> "Example":
         backbone = find_backbone(model).module
         config, name = backbone.config, backbone.main_input_name
         module = model if model.main_input_name == name else backbone
-        generator, more = torch.Generator().manual_seed(0), {}
+        generator = torch.Generator().manual_seed(0)
         if name == "pixel_values":
-            trained = config.image_size
-            size = trained if image_size is None else image_size
+            size = config.image_size if image_size is None else image_size
             height, width = (size, size) if isinstance(size, int) else size
             if min(require_degree(height, "image_size"), require_degree(width, "image_size")) < 1:
                 raise ArgumentError(f"image_size must be positive, got {image_size!r}.")
             # neighbouring patches resemble each other, as in photographs
             coarse = torch.randn(batch_size, config.num_channels, 8, 8, generator=generator)
             batch = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
-            other = [height, width] != ([trained, trained] if isinstance(trained, int) else list(trained))
-            if other and "interpolate_pos_encoding" in inspect.signature(module.forward).parameters:
-                more = {"interpolate_pos_encoding": True}
         elif image_size is None:
             batch = torch.randn(batch_size, config.max_length, config.num_mel_bins, generator=generator)
         else:
             raise ArgumentError(f"{type(model).__name__} takes {name}, not images: leave image_size out.")
-        return cls(module, name, batch.to(next(model.parameters()).device, model.dtype), more)
+        return cls(module, batch.to(next(model.parameters()).device, model.dtype))
 
     def run(self) -> None:
-        self.module(**{self.name: self.batch}, **self.more)
+        self.module(**model_inputs(self.module, self.batch))
 
 
 @torch.no_grad()

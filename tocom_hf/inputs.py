@@ -1,0 +1,26 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""The arguments that a model's forward needs for a batch of images."""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .architectures import find_backbone
+
+
+def model_inputs(model: PreTrainedModel, pixel_values: torch.Tensor) -> dict[str, Any]:
+    """The arguments of a forward call under the names that the model gives them."""
+    config = find_backbone(model).module.config
+    inputs: dict[str, Any] = {model.main_input_name: pixel_values}
+    trained_at = getattr(config, "image_size", None)
+    trained_at = (trained_at, trained_at) if isinstance(trained_at, int) else trained_at
+    takes_any_size = "interpolate_pos_encoding" in inspect.signature(type(model).forward).parameters
+    if takes_any_size and trained_at is not None and tuple(trained_at) != tuple(pixel_values.shape[2:]):
+        inputs["interpolate_pos_encoding"] = True
+    if config.model_type == "vit_mae":
+        # it shuffles the patches by random noise even where it masks none: ascending noise keeps their order
+        patches = pixel_values[0, 0].numel() // config.patch_size**2
+        inputs["noise"] = torch.linspace(0, 1, patches, device=pixel_values.device).expand(len(pixel_values), -1)
+    return inputs
