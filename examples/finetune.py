@@ -5,6 +5,9 @@ The checkpoint records its `source_r`, so that `TocomModel.from_pretrained` can 
 
     accelerate launch examples/finetune.py --model_name_or_path google/vit-base-patch16-224-in21k \\
         --dataset_name food101 --source_r 4 --output_dir vit-food101 --num_train_epochs 5 --learning_rate 1e-4
+
+With `--lora_rank 8` only LoRA adapters and the head are trained. They are merged into the weights at the end, so the
+result is an ordinary checkpoint as well.
 """
 
 from dataclasses import dataclass, field
@@ -12,11 +15,13 @@ from dataclasses import dataclass, field
 import datasets
 import numpy as np
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     HfArgumentParser,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -34,6 +39,9 @@ class ScriptArguments:
         metadata={"help": "Name in tocom_hf.tasks.TASKS, Hub name, folder of images or parquet, or a parquet file."}
     )
     source_r: int = field(default=0, metadata={"help": "Tokens merged in every layer during training."})
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train LoRA adapters of this rank and the head, instead of all weights."}
+    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on after training."})
@@ -58,6 +66,21 @@ def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
     }
 
 
+def with_lora(model: PreTrainedModel, rank: int) -> PeftModel:
+    """Freeze the model but for its head, and put LoRA adapters beside all its other linear layers."""
+    heads = [name for name, _ in model.named_children() if "classifier" in name]
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules="all-linear",
+            exclude_modules=heads,
+            modules_to_save=heads,
+        ),
+    )
+
+
 def compute_accuracy(prediction) -> dict[str, float]:
     return {"accuracy": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
 
@@ -65,6 +88,7 @@ def compute_accuracy(prediction) -> dict[str, float]:
 def main() -> None:
     script, training = HfArgumentParser((ScriptArguments, TrainingArguments)).parse_args_into_dataclasses()
     training.remove_unused_columns = False  # the image column is turned into pixel_values when it is read
+    training.label_names = ["labels"]  # Trainer does not look for them inside of a PEFT model
     set_seed(training.seed)
 
     train, num_labels = load_split(script, script.train_split)
@@ -74,8 +98,11 @@ def main() -> None:
     else:
         labels = {"num_labels": num_labels}
 
-    # Trainer does not convert the key names that transformers writes, so the weights to resume from are loaded here
-    start = training.resume_from_checkpoint or script.model_name_or_path
+    # Trainer does not convert the key names that transformers writes, so the weights to resume from are loaded here;
+    # checkpoints of LoRA hold adapters alone, which it does load
+    start = (
+        script.model_name_or_path if script.lora_rank else training.resume_from_checkpoint or script.model_name_or_path
+    )
     config = AutoConfig.from_pretrained(start, **labels)
     config.__dict__.pop("tocom", None)  # the degree that the checkpoint was trained at; this run makes a new one
     model = AutoModelForImageClassification.from_pretrained(
@@ -86,7 +113,7 @@ def main() -> None:
 
     evaluation = load_split(script, script.eval_split)[0] if script.eval_split else None
     trainer = Trainer(
-        model=model,
+        model=with_lora(model, script.lora_rank) if script.lora_rank else model,
         args=training,
         data_collator=collate,
         train_dataset=with_pixel_values(train, processor, label_column="label"),
@@ -95,6 +122,8 @@ def main() -> None:
         compute_metrics=compute_accuracy,
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if script.lora_rank:
+        trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
     trainer.save_model()
     if evaluation:
         trainer.save_metrics("eval", trainer.evaluate())

@@ -161,6 +161,39 @@ def test_finetune_records_its_source_degree_and_resumes(tmp_path):
     assert distance(resumed, saved) < 0.5 * distance(start, saved)
 
 
+def test_finetune_with_lora_writes_an_ordinary_checkpoint_and_resumes(tmp_path):
+    command = [
+        ROOT / "examples/finetune.py", "--dataset_name", IMAGES, "--train_split", "test[:64]",
+        "--eval_split", "test[64:128]", "--source_r", 4, "--per_device_train_batch_size", 16, "--learning_rate", 1e-3,
+        "--output_dir", tmp_path / "tuned", "--report_to", "none", "--use_cpu", "--save_steps", 4, "--lora_rank", 4,
+        "--lr_scheduler_type", "constant", "--model_name_or_path", CHECKPOINT,
+    ]  # fmt: skip
+
+    def deltas():
+        start = AutoModelForImageClassification.from_pretrained(CHECKPOINT).state_dict()
+        tuned = TocomModel.from_pretrained(tmp_path / "tuned", plugins=PLUGINS, target_r=4)
+        assert tuned.source_r == 4
+        return {name: (value - start[name]).flatten(1) for name, value in tuned.state_dict().items() if value.ndim == 2}
+
+    code, _, errors = run(*command, "--max_steps", 4, cwd=tmp_path)
+    assert code == 0, errors
+    assert json.loads((tmp_path / "tuned" / "eval_results.json").read_text())["eval_accuracy"] > 0.8
+    first = deltas()
+    linear = {name: delta for name, delta in first.items() if "layers" in name or "classifier" in name}
+    assert len(linear) == 12 * 6 + 1
+    for name, delta in linear.items():
+        assert delta.any(), name
+        if "classifier" not in name:
+            assert torch.linalg.matrix_rank(delta, rtol=1e-4) <= 4, name
+
+    code, _, errors = run(
+        *command, "--max_steps", 4, "--resume_from_checkpoint", tmp_path / "tuned" / "checkpoint-4", cwd=tmp_path
+    )  # one step more, from the four before
+    assert code == 0, errors
+    moved = sum((delta - first[name]).norm() for name, delta in deltas().items())
+    assert moved < 0.7 * sum(delta.norm() for delta in first.values())
+
+
 @pytest.mark.parametrize("launch", [[], TORCHRUN], ids=["one process", "two processes"])
 def test_evaluate_writes_the_same_figures_on_any_number_of_processes(tmp_path, monkeypatch, launch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
