@@ -37,7 +37,7 @@ CANVAS = 192  # pixels of the images to distil on
 
 
 def distillation_images(count: int, seed: int) -> datasets.Dataset:
-    """Collages of one to twelve drawings on a random background, and coloured Fashion-MNIST images (one in ten).
+    """Collages of one to twelve drawings and of random clutter, and coloured Fashion-MNIST images (one in ten).
 
     They are larger than what the model sees, because distillation looks at random parts of them.
 
@@ -59,14 +59,14 @@ def distillation_images(count: int, seed: int) -> datasets.Dataset:
         for index, path in enumerate(files):
             recent.append(_open(path))
             for _ in range(drawings * (index + 1) // len(files) - drawings * index // len(files)):
-                canvas = _background(CANVAS, generator)
+                canvas = _clutter(CANVAS, generator)
                 for other in generator.choices(recent, k=generator.randrange(12)):
                     _paste(canvas, other, generator, smallest=0.1, largest=0.6)
                 _paste(canvas, recent[-1], generator, smallest=0.2)
                 yield _jpeg(canvas)
         for _ in range(count // 10):
             grey = Image.fromarray(fashion[generator.randrange(len(fashion))]).resize((CANVAS, CANVAS), Image.BICUBIC)
-            canvas = _background(CANVAS, generator)
+            canvas = _clutter(CANVAS, generator)
             canvas.paste(_colour(generator), (0, 0), grey)
             yield _jpeg(canvas)
 
@@ -257,6 +257,33 @@ def _scribbles(size: int, generator: random.Random) -> Image.Image:
         length = size * generator.uniform(0.05, 0.2)
         end = x + length * math.cos(angle), y + length * math.sin(angle)
         draw.line((x, y, *end), fill=_colour(generator), width=max(1, round(size * generator.uniform(0.005, 0.035))))
+    return canvas
+
+
+def _clutter(size: int, generator: random.Random) -> Image.Image:
+    """A background, in two of three images with up to eighty lines, ellipses, boxes and polygons of all sizes."""
+    canvas = _background(size, generator)
+    draw = ImageDraw.Draw(canvas)
+    largest = size * generator.choice((0.1, 0.2, 0.4))
+    for _ in range(generator.choice((0, 1, 1)) * generator.randint(1, 80)):
+        x, y = generator.uniform(0, size), generator.uniform(0, size)
+        around = [
+            (x + generator.uniform(-largest, largest), y + generator.uniform(-largest, largest)) for _ in range(3)
+        ]
+        points = [(x, y), *around]
+        (left, right), (top, bottom) = (sorted(pair) for pair in zip(*points[:2], strict=True))
+        width, colour = generator.randint(1, 7), _colour(generator)
+        match generator.randrange(6):
+            case 0:
+                draw.ellipse((left, top, right, bottom), fill=colour)
+            case 1:
+                draw.rectangle((left, top, right, bottom), outline=colour, width=width)
+            case 2:
+                draw.polygon(points, fill=colour)
+            case 3:
+                draw.arc((left, top, right, bottom), 0, generator.randint(90, 360), fill=colour, width=width)
+            case _:
+                draw.line(points[: generator.randint(2, 4)], fill=colour, width=width)
     return canvas
 
 

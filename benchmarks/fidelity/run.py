@@ -135,6 +135,8 @@ def finetune(config: dict, root: Path, task: str, source_r: int, seed: int) -> N
         more = {"source_r": source_r, "mixed_precision": config["precision"]}
         run(HERE / "linear.py", model=base, data=data, output_dir=part, **more)
     else:
+        if config.get("linear"):
+            base = checkpoint(root, LINEAR + task, source_r, config["seeds"][0])
         more = {"source_r": source_r, "seed": seed, "eval_split": "validation"}
         train(config, config["finetuning"], base, data, part, **more)
     part.rename(folder)
@@ -250,7 +252,7 @@ def main() -> None:
     args = parse_args()
     config, root = json.loads(args.config.read_text(encoding="utf-8")), args.output_dir
     config["degrees"] = args.degrees or config["degrees"]
-    tasks = [name for task in config["tasks"] for name in (task, *([LINEAR + task] if config.get("linear") else []))]
+    tasks = [name for task in config["tasks"] for name in (*([LINEAR + task] if config.get("linear") else []), task)]
     tasks, seeds = args.tasks or tasks, args.seeds or config["seeds"]
     model = args.model or config["model"]
     if "data" in args.stages:
