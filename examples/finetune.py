@@ -42,6 +42,10 @@ class ScriptArguments:
     lora_rank: int | None = field(
         default=None, metadata={"help": "Train LoRA adapters of this rank and the head, instead of all weights."}
     )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the layers that get adapters; default: all linear layers but the head."},
+    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on after training."})
@@ -66,15 +70,15 @@ def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
     }
 
 
-def with_lora(model: PreTrainedModel, rank: int) -> PeftModel:
-    """Freeze the model but for its head, and put LoRA adapters beside all its other linear layers."""
+def with_lora(model: PreTrainedModel, rank: int, target_modules: list[str] | None) -> PeftModel:
+    """Freeze the model but for its head, and put LoRA adapters beside other layers."""
     heads = [name for name, _ in model.named_children() if "classifier" in name]
     return get_peft_model(
         model,
         LoraConfig(
             r=rank,
             lora_alpha=2 * rank,
-            target_modules="all-linear",
+            target_modules=target_modules or "all-linear",
             exclude_modules=heads,
             modules_to_save=heads,
         ),
@@ -113,7 +117,7 @@ def main() -> None:
 
     evaluation = load_split(script, script.eval_split)[0] if script.eval_split else None
     trainer = Trainer(
-        model=with_lora(model, script.lora_rank) if script.lora_rank else model,
+        model=with_lora(model, script.lora_rank, script.lora_target_modules) if script.lora_rank else model,
         args=training,
         data_collator=collate,
         train_dataset=with_pixel_values(train, processor, label_column="label"),
