@@ -12,6 +12,7 @@ the plugin set, `finetune` the checkpoints, `evaluate` the grid of each task, `a
 import argparse
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -244,7 +245,7 @@ def run(script: str | Path, **arguments: Any) -> None:
         values = value if isinstance(value, list) else [value]
         if values:
             command += [f"--{name}", *map(str, values)]
-    print("$ python " + " ".join([str(script), *command[2:]]), flush=True)
+    print("$ python " + " ".join([os.path.relpath(command[1]), *command[2:]]), flush=True)
     subprocess.run(command, check=True)
 
 
