@@ -2,7 +2,7 @@
 """Measure fine-tuned checkpoints over a grid of degrees: plain merging, ToCom, and training at the target degree.
 
 Checkpoints of the same source degree count as seeds of one experiment, those of other source degrees as what training
-at the target reaches. The scale is picked on the validation split.
+at the target reaches. The scale is picked on the validation split, by its labels and, apart from that, without them.
 
     accelerate launch examples/evaluate.py --checkpoints cub-r0 cub-r8 cub-r16 --plugins tocom-deit-base \\
         --dataset_name cub-200 --target_r 0 8 16 --output_dir results/cub-200
@@ -23,8 +23,9 @@ from transformers import AutoImageProcessor
 
 from tocom_hf import ArgumentError, DatasetError, PluginSet, TocomModel
 from tocom_hf.data import with_pixel_values
-from tocom_hf.grid import WIDE_SCALES, evaluate_checkpoint
+from tocom_hf.grid import evaluate_checkpoint
 from tocom_hf.reports import Report, measure_costs
+from tocom_hf.scales import WIDE_SCALES
 from tocom_hf.tasks import load_labelled, require_disjoint
 
 

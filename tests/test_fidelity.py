@@ -7,21 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_grid import make_run
-from transformers import ViTConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
+from tocom_hf import TocomModel
 from tocom_hf.reports import Cost, Report
 from tocom_hf.tasks import load_labelled
 
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "fidelity"
+CHECKPOINT = Path(__file__).parent.parent / "examples" / "fashion_mnist" / "checkpoint"
 
 
 @pytest.fixture(autouse=True)
 def path(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    for name in ("images", "run"):
+    for name in ("images", "linear", "probe", "run"):
         sys.modules.pop(name, None)
 
 
@@ -29,7 +32,8 @@ def test_the_images_of_a_task_depend_on_the_seed_alone(tmp_path):
     import images
 
     for name in ("one", "same", "other"):
-        images.write_task("count", tmp_path / name, {"train": 6, "test": 4}, 48, seed=int(name == "other"))
+        style = images.STYLES["cluttered"]
+        images.write_task("count", tmp_path / name, {"train": 6, "test": 4}, 48, int(name == "other"), style)
     first, same, other = (load_labelled(str(tmp_path / name), "train")[0] for name in ("one", "same", "other"))
     assert [sample["image"].tobytes() for sample in first] == [sample["image"].tobytes() for sample in same]
     assert [sample["image"].tobytes() for sample in first] != [sample["image"].tobytes() for sample in other]
@@ -51,16 +55,14 @@ def components(mask):
     return number
 
 
-def test_the_labels_are_what_is_drawn(monkeypatch):
+def test_the_labels_are_what_is_drawn():
     import images
 
-    monkeypatch.setattr(images, "_background", lambda size, generator: images.Image.new("RGB", (size, size)))
-    monkeypatch.setattr(images, "_contrasting", lambda canvas, generator: (255, 255, 255))
-    drawn, labels, names = images.count(12, 112, seed=0)
+    style = images.STYLES["plain"]
+    drawn, labels, names = images.count(12, 112, 0, style)
     for image, label in zip(drawn, labels, strict=True):
         assert components(np.asarray(image)[..., 0] > 0) == int(names[label])
-    monkeypatch.setattr(images, "_scribbles", lambda size, generator: images.Image.new("RGB", (size, size)))
-    drawn, labels, _ = images.orientation(8, 112, seed=0)
+    drawn, labels, _ = images.orientation(8, 112, 0, style)
     for image, label in zip(drawn, labels, strict=True):
         rows, columns = np.nonzero(np.asarray(image)[..., 0])
         _, vectors = np.linalg.eigh(np.cov(columns, rows))
@@ -91,5 +93,28 @@ def test_the_configurations_fit_the_scripts():
         config = json.loads(path.read_text())
         assert set(config["tasks"]) <= set(images.TASKS)
         assert max(config["degrees"]) <= config["distillation"]["max_r"]
-        if "pretraining" in config:
-            assert ViTConfig(**config["pretraining"]["model"]).image_size == config["image_size"]
+        assert config["style"] in images.STYLES
+        if config["model"].startswith("examples/"):
+            model = AutoConfig.from_pretrained(FOLDER.parents[1] / config["model"])
+            assert model.image_size == config["image_size"]
+
+
+def test_linear_heads_are_fitted_to_what_the_head_reads(tmp_path, monkeypatch):
+    import images
+    import linear
+
+    images.write_task("count", tmp_path / "data", {"train": 60, "validation": 4}, 28, 0, images.STYLES["plain"])
+    arguments = {"model": CHECKPOINT, "data": tmp_path / "data", "source_r": 4, "output_dir": tmp_path / "head"}
+    pairs = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["linear.py", *pairs])
+    linear.main()
+    model = TocomModel.from_pretrained(tmp_path / "head")
+    assert model.source_r == 4
+    dataset, _ = load_labelled(str(tmp_path / "data"), "train")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "head")
+    with torch.no_grad():
+        logits = model(**processor(images=list(dataset["image"]), return_tensors="pt")).logits
+    assert (logits.argmax(-1) == torch.tensor(dataset["label"][:])).float().mean() > 0.5  # chance is 1 in 8
+    frozen = AutoModelForImageClassification.from_pretrained(CHECKPOINT)
+    for name, weight in frozen.vit.state_dict().items():
+        assert torch.equal(weight, model.vit.state_dict()[name]), name

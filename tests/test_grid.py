@@ -27,6 +27,18 @@ def right(model, images):
     return logits.argmax(-1) == torch.tensor([sample["labels"] for sample in images])
 
 
+def divergence_from_source(tocom, target_r, scale, images):
+    """KL(model at its source degree || model at the target degree), by the formula, in float64."""
+    pixel_values, total = torch.stack([sample["pixel_values"] for sample in images]), 0.0
+    with torch.no_grad(), tocom.at(tocom.source_r):
+        teacher = tocom(pixel_values).logits.double().softmax(-1)
+    with torch.no_grad(), tocom.at(target_r, scale):
+        student = tocom(pixel_values).logits.double().softmax(-1)
+    for p, q in zip(teacher, student, strict=True):
+        total += sum(float(a * (a / b).log()) for a, b in zip(p, q, strict=True))
+    return total / len(images)
+
+
 def test_each_cell_is_what_its_model_makes_of_the_images(images):
     model = make_model()
     plugins = make_plugins(model)
@@ -43,7 +55,8 @@ def test_each_cell_is_what_its_model_makes_of_the_images(images):
         for scale, found in run.at_scale.items():
             with tocom.at(run.target_r, scale):
                 assert torch.equal(found, right(tocom, images[8:]))
-        for scale, (accuracy, _) in run.validation.items():
+        for scale, (accuracy, _, divergence) in run.validation.items():
+            assert divergence == pytest.approx(divergence_from_source(tocom, run.target_r, scale, images[:8]), abs=1e-6)
             with tocom.at(run.target_r, scale):
                 assert accuracy == right(tocom, images[:8]).double().mean()
 
@@ -56,9 +69,13 @@ def test_the_scale_does_not_depend_on_test_images(images):
 
 
 def test_the_most_accurate_scale_wins_and_loss_decides_between_equals():
-    sweep = {0.05: (0.7, 1.0), 0.1: (0.8, 0.9), 0.15: (0.8, 0.7), 0.2: (0.8, 0.6), 0.3: (0.75, 0.1)}
-    assert pick_scales(sweep) == {"paper": 0.15, "wide": 0.2}
-    assert pick_scales({0.2: (0.5, 1.0)}) == {"wide": 0.2}
+    sweep = {
+        0.0: (0.9, 0.1, 0.5), 0.05: (0.7, 1.0, 0.4), 0.1: (0.8, 0.9, 0.3), 0.15: (0.8, 0.7, 0.35),
+        0.2: (0.8, 0.6, 0.6), 0.3: (0.75, 0.1, 0.9),
+    }  # fmt: skip
+    picked = pick_scales(sweep, [0.05, 0.1, 0.15, 0.2, 0.3])
+    assert picked == {"paper": 0.15, "wide": 0.2, "unlabelled": 0.1}
+    assert pick_scales({0.0: (0.1, 2.0, 0.2), 0.2: (0.5, 1.0, 0.3)}, [0.2]) == {"wide": 0.2, "unlabelled": 0.0}
 
 
 def test_a_model_without_plugins_runs_plain(images):

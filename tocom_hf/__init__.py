@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .data import load_images, with_pixel_values
     from .distillation import distill
     from .evaluation import DegreeResult, evaluate_degrees
+    from .scales import pick_scale
     from .visualization import paint_groups, tile
 
 
@@ -48,6 +49,7 @@ _LAZY = {
     "evaluate_degrees": "evaluation",
     "load_images": "data",
     "paint_groups": "visualization",
+    "pick_scale": "scales",
     "tile": "visualization",
     "with_pixel_values": "data",
 }
@@ -82,6 +84,7 @@ __all__ = [
     "evaluate_degrees",
     "load_images",
     "paint_groups",
+    "pick_scale",
     "remove_tome",
     "save_composite",
     "tile",

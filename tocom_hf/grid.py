@@ -2,7 +2,8 @@
 """Accuracy of checkpoints over a grid of source and target degrees: plain, with ToCom, trained at the target.
 
 The tables of the paper (ToCom, section 4) are such grids. The scale s in front of the plugins is picked on validation
-images, for every checkpoint and target degree; test images are never looked at for it.
+images, for every checkpoint and target degree, by their labels and, apart from that, without; test images are never
+looked at for it.
 """
 
 import math
@@ -20,10 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from .errors import ArgumentError, DatasetError
 from .evaluation import plain_merging
 from .modeling import TocomModel
-
-
-PAPER_SCALES = (0.05, 0.08, 0.1, 0.12, 0.15)
-WIDE_SCALES = (*PAPER_SCALES, 0.2, 0.25, 0.3)
+from .objectives import OBJECTIVES
+from .scales import PAPER_SCALES, WIDE_SCALES
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,8 @@ class CellRun:
             equal.
         picked: The scale that validation picked, by the name of the set of scales.
         fixed: The scales asked for whatever validation says.
-        validation: Accuracy and mean cross-entropy on the validation images, by scale.
+        validation: Accuracy, mean cross-entropy and mean divergence from the checkpoint at its source degree, on the
+            validation images, by scale; 0 is plain merging.
     """
 
     checkpoint: str
@@ -49,7 +49,7 @@ class CellRun:
     at_scale: dict[float, torch.Tensor]
     picked: dict[str, float]
     fixed: tuple[float, ...]
-    validation: dict[float, tuple[float, float]]
+    validation: dict[float, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class Cell:
         plain, plain_se: Accuracy without compensation, in [0, 1], and its standard error.
         trained, trained_se: The same of the checkpoints trained at the target degree; `None` where there are none.
         gap, gap_se: `trained - plain`, and its standard error from the differences on each image.
-        compensated: By the name of the set of scales that validation picked from (`paper`, `wide`), or by the fixed
-            scale (`scale -0.1`). Empty where the degrees are equal.
+        compensated: By the name of what picked the scale (see `pick_scales`), or by the fixed scale (`scale -0.1`).
+            Empty where the degrees are equal.
     """
 
     source_r: int
@@ -123,9 +123,9 @@ def evaluate_checkpoint(
         name: What to call it.
         degrees: The target degrees. At its own degree there is nothing to compensate.
         test: Samples with `pixel_values` and `labels`.
-        validation: The same, of which no image is in `test`, to pick the scale on: the most accurate one, and among
-            equals the one of lowest cross-entropy. `None` to run at `fixed_scales` only.
-        scales: The scales to pick from. Those of the paper among them are also picked from alone.
+        validation: The same, of which no image is in `test`, to pick the scale on. `None` to run at `fixed_scales`
+            only.
+        scales: The scales to pick from.
         fixed_scales: Scales to run at whatever validation says, for ablations; a negative one flips the sign.
         batch_size: Images per process and forward pass.
         accelerator: Where to run; by default a new one.
@@ -153,35 +153,47 @@ def evaluate_checkpoint(
     with ExitStack() as stack:
         stack.callback(model.train, model.training)
         model.eval().to(accelerator.device)
+        if validation is not None and model.plugins is not None:
+            with model.at(model.source_r):
+                teacher, _ = _predict(model, loaders["validation"], accelerator)
         for degree in degrees:
             with plain_merging(model, degree):
-                plain, _ = _predict(model, loaders["test"], accelerator)
+                plain = _right(*_predict(model, loaders["test"], accelerator))
             if degree == model.source_r or model.plugins is None:
                 runs.append(CellRun(name, model.source_r, degree, plain, {}, {}, (), {}))
                 continue
             sweep, picked = {}, {}
             if validation is not None:
-                for scale in scales:
+                for scale in dict.fromkeys((0.0, *scales)):
                     with model.at(degree, scale):
-                        right, loss = _predict(model, loaders["validation"], accelerator)
-                    sweep[scale] = (right.double().mean().item(), loss)
-                picked = pick_scales(sweep)
+                        sweep[scale] = _figures(teacher, *_predict(model, loaders["validation"], accelerator))
+                picked = pick_scales(sweep, scales)
             at_scale = {}
             for scale in dict.fromkeys((*picked.values(), *fixed_scales)):
                 with model.at(degree, scale):
-                    at_scale[scale], _ = _predict(model, loaders["test"], accelerator)
+                    at_scale[scale] = _right(*_predict(model, loaders["test"], accelerator)) if scale else plain
             runs.append(CellRun(name, model.source_r, degree, plain, at_scale, picked, tuple(fixed_scales), sweep))
     return runs
 
 
-def pick_scales(sweep: dict[float, tuple[float, float]]) -> dict[str, float]:
-    """The best scale of the paper's and of all, from accuracy and mean cross-entropy on validation images by scale."""
+def pick_scales(sweep: dict[float, tuple[float, ...]], scales: Sequence[float]) -> dict[str, float]:
+    """The best scales by what validation images say.
 
-    def best(scales: Iterable[float]) -> float:
-        return max(scales, key=lambda scale: (sweep[scale][0], -sweep[scale][1]))
+    Args:
+        sweep: Accuracy, mean cross-entropy and mean divergence by scale; 0 is plain merging.
+        scales: The scales to pick from.
 
-    sets = {"paper": [scale for scale in sweep if scale in PAPER_SCALES], "wide": list(sweep)}
-    return {name: best(scales) for name, scales in sets.items() if scales}
+    Returns:
+        `wide`, the most accurate of all scales, and `paper`, of those of the paper; among equals that of lowest
+        cross-entropy. `unlabelled`, the one of lowest divergence, which may be 0 (as `tocom_hf.pick_scale`).
+    """
+    sets = {"paper": [scale for scale in scales if scale in PAPER_SCALES], "wide": list(scales)}
+    picked = {
+        name: max(choice, key=lambda scale: (sweep[scale][0], -sweep[scale][1]))
+        for name, choice in sets.items()
+        if choice
+    }
+    return picked | {"unlabelled": min(sweep, key=lambda scale: sweep[scale][2])}
 
 
 def summarize(runs: Sequence[CellRun]) -> list[Cell]:
@@ -229,15 +241,27 @@ def estimate(values: torch.Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def _predict(model: TocomModel, loader: DataLoader, accelerator: Accelerator) -> tuple[torch.Tensor, float]:
-    """Which images are classified right, bool `(images,)` in their order, and the mean cross-entropy."""
-    rights, losses = [], []
+def _predict(
+    model: TocomModel, loader: DataLoader, accelerator: Accelerator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities, float32 `(images, classes)`, and labels, `(images,)`, in the order of the images."""
+    outcomes = []
     for batch in loader:
         with accelerator.autocast():
-            logits = model(pixel_values=batch["pixel_values"]).logits.float()
-        labels = batch["labels"]
-        outcome = logits.argmax(-1) == labels, F.cross_entropy(logits, labels, reduction="none")
-        right, loss = accelerator.gather_for_metrics(outcome)
-        rights.append(right.cpu())
-        losses.append(loss.cpu())
-    return torch.cat(rights), torch.cat(losses).double().mean().item()
+            logits = model(pixel_values=batch["pixel_values"]).logits
+        outcome = accelerator.gather_for_metrics((F.log_softmax(logits.float(), dim=-1), batch["labels"]))
+        outcomes.append([part.cpu() for part in outcome])
+    predictions, labels = (torch.cat(parts) for parts in zip(*outcomes, strict=True))
+    return predictions, labels
+
+
+def _right(predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Which images are classified right, bool `(images,)`."""
+    return predictions.argmax(-1) == labels
+
+
+def _figures(teacher: torch.Tensor, predictions: torch.Tensor, labels: torch.Tensor) -> tuple[float, float, float]:
+    """Accuracy, mean cross-entropy, and mean divergence from what the teacher says of the same images."""
+    divergence = OBJECTIVES["logits"].loss(teacher.double(), predictions.double())
+    loss = F.nll_loss(predictions.double(), labels)
+    return _right(predictions, labels).double().mean().item(), loss.item(), divergence.item()

@@ -234,7 +234,7 @@ def plot_tradeoff(report: Report, path: str | Path) -> None:
         prices = [price(cell.target_r) for cell in row]
         _errorbar(axis, prices, [(cell.plain, cell.plain_se) for cell in row], "o--", "0.5", "plain")
         picked = [name for name in report.methods() if not name.startswith("scale")]
-        for name, style, colour in zip(picked, ("o-", "s:"), ("tab:blue", "tab:orange"), strict=False):
+        for name, style, colour in zip(picked, ("o-", "s:", "d-."), ("tab:blue", "tab:orange", "tab:green"), strict=False):
             found = [cell.compensated.get(name) for cell in row]
             points = [(t.accuracy, t.se) if t else (c.plain, c.plain_se) for t, c in zip(found, row, strict=True)]
             _errorbar(axis, prices, points, style, colour, _title(name))
@@ -288,12 +288,16 @@ def _run_of(facts: dict[str, Any]) -> CellRun:
         {float(scale): right(outcome) for scale, outcome in facts["at_scale"].items()},
         facts["picked"],
         tuple(facts["fixed"]),
-        {float(scale): (accuracy, loss) for scale, (accuracy, loss) in facts["validation"].items()},
+        {float(scale): tuple(figures) for scale, figures in facts["validation"].items()},
     )
 
 
 def _title(method: str) -> str:
-    names = {"paper": "ToCom, scale 0.05 to 0.15", "wide": "ToCom, scale up to 0.3"}
+    names = {
+        "paper": "ToCom, scale 0.05 to 0.15",
+        "wide": "ToCom, scale up to 0.3",
+        "unlabelled": "ToCom, scale picked without labels",
+    }
     return names.get(method, method if method == "plain" else f"ToCom, {method}")
 
 

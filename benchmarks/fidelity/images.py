@@ -16,11 +16,12 @@ import random
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageStat
 
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
@@ -36,14 +37,38 @@ MAX_AREA = 8_000_000  # pixels; a few posters take longer to decode than all the
 CANVAS = 192  # pixels of the images to distil on
 
 
-def distillation_images(count: int, seed: int) -> datasets.Dataset:
-    """Collages of one to twelve drawings and of random clutter, and coloured Fashion-MNIST images (one in ten).
+@dataclass(frozen=True)
+class Style:
+    """What the images of a study look like.
+
+    Attributes:
+        background: Makes the canvas of a task, from its size in pixels.
+        smooth: The same for the task that would drown in it.
+        clutter: The canvas of a collage to distil on.
+        colour: What to draw in on a canvas.
+        picture: A drawing with its transparency as it is laid on a canvas.
+        clothing: Share of Fashion-MNIST among the images to distil on.
+        oversampling: Images of tasks are drawn so many times as large, and shrunk.
+    """
+
+    background: Callable[[int, random.Random], Image.Image]
+    smooth: Callable[[int, random.Random], Image.Image]
+    clutter: Callable[[int, random.Random], Image.Image]
+    colour: Callable[[Image.Image, random.Random], tuple[int, int, int]]
+    picture: Callable[[Image.Image], Image.Image]
+    clothing: float
+    oversampling: int = 1
+
+
+def distillation_images(count: int, seed: int, style: Style) -> datasets.Dataset:
+    """Collages of one to twelve drawings on clutter, and Fashion-MNIST images.
 
     They are larger than what the model sees, because distillation looks at random parts of them.
 
     Args:
         count: Images to make.
         seed: Decides everything.
+        style: What they look like.
     """
     held_out = {_digest(path) for paths in natural_files().values() for path in paths}
     folders = [STAMPS, *sorted(path for path in CLIPART.iterdir() if path.is_dir() and path.name not in NATURAL)]
@@ -54,20 +79,21 @@ def distillation_images(count: int, seed: int) -> datasets.Dataset:
 
     def samples() -> Iterator[bytes]:
         # every picture is opened once, and used as often as the count asks for, beside some that came before it
-        drawings, recent = count - count // 10, deque(maxlen=200)
+        clothing = round(style.clothing * count)
+        drawings, recent = count - clothing, deque(maxlen=200)
         generator.shuffle(files)
         for index, path in enumerate(files):
-            recent.append(_open(path))
+            recent.append(style.picture(_open(path)))
             for _ in range(drawings * (index + 1) // len(files) - drawings * index // len(files)):
-                canvas = _clutter(CANVAS, generator)
+                canvas = style.clutter(CANVAS, generator)
                 for other in generator.choices(recent, k=generator.randrange(12)):
                     _paste(canvas, other, generator, smallest=0.1, largest=0.6)
                 _paste(canvas, recent[-1], generator, smallest=0.2)
                 yield _jpeg(canvas)
-        for _ in range(count // 10):
+        for _ in range(clothing):
             grey = Image.fromarray(fashion[generator.randrange(len(fashion))]).resize((CANVAS, CANVAS), Image.BICUBIC)
-            canvas = _clutter(CANVAS, generator)
-            canvas.paste(_colour(generator), (0, 0), grey)
+            canvas = style.clutter(CANVAS, generator)
+            canvas.paste(style.colour(canvas, generator), (0, 0), grey)
             yield _jpeg(canvas)
 
     images = list(samples())
@@ -89,8 +115,8 @@ def natural_files() -> dict[str, list[Path]]:
     return files
 
 
-def natural(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[int], list[str]]:
-    """Clip art of nine kinds of things, before scribbles. Every picture is used at most once."""
+def natural(count: int, size: int, seed: int, style: Style) -> tuple[list[Image.Image], list[int], list[str]]:
+    """Clip art of nine kinds of things. Every picture is used at most once."""
     generator = random.Random(seed)
     labelled = [(path, label) for label, paths in enumerate(natural_files().values()) for path in paths]
     generator.shuffle(labelled)
@@ -98,14 +124,14 @@ def natural(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[i
         raise ValueError(f"There are {len(labelled)} pictures of {', '.join(NATURAL)}, but {count} are asked for.")
     images = []
     for path, _ in labelled[:count]:
-        canvas = _scribbles(size, generator)
-        _paste(canvas, _open(path), generator, smallest=0.6)
+        canvas = style.background(size, generator)
+        _paste(canvas, style.picture(_open(path)), generator, smallest=0.6)
         images.append(canvas)
     return images, [label for _, label in labelled[:count]], list(NATURAL)
 
 
-def digits(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[int], list[str]]:
-    """A digit in a random font, tilted, sheared and shifted, before scribbles."""
+def digits(count: int, size: int, seed: int, style: Style) -> tuple[list[Image.Image], list[int], list[str]]:
+    """A digit in a random font, tilted, sheared and shifted."""
     generator = random.Random(seed)
     fonts = sorted(path for pattern in FONT_PATTERNS for path in FONTS.glob(pattern))
     fonts = [path for path in fonts if not path.stem.startswith(NOT_LATIN)]
@@ -116,20 +142,20 @@ def digits(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[in
         mask = Image.new("L", (size, size))
         ImageDraw.Draw(mask).text((size / 2, size / 2), str(labels[-1]), fill=255, font=font, anchor="mm")
         mask = mask.transform(mask.size, Image.AFFINE, _affine(size, generator), Image.BICUBIC)
-        canvas = _scribbles(size, generator)
-        canvas.paste(_contrasting(canvas, generator), (0, 0), mask)
+        canvas = style.background(size, generator)
+        canvas.paste(style.colour(canvas, generator), (0, 0), mask)
         images.append(canvas)
     return images, labels, [str(digit) for digit in range(10)]
 
 
-def count(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[int], list[str]]:
+def count(count: int, size: int, seed: int, style: Style) -> tuple[list[Image.Image], list[int], list[str]]:
     """How many objects there are, one to eight: shapes of one colour and of several sizes that do not overlap."""
     generator = random.Random(seed)
     images, labels = [], []
     for _ in range(count):
         number = generator.randint(1, 8)
-        canvas = _background(size, generator)
-        colour, draw, placed = _contrasting(canvas, generator), ImageDraw.Draw(canvas), []
+        canvas = style.smooth(size, generator)
+        colour, draw, placed = style.colour(canvas, generator), ImageDraw.Draw(canvas), []
         while len(placed) < number:
             radius = size * generator.uniform(0.045, 0.09)
             x, y = (generator.uniform(radius + 1, size - radius - 1) for _ in range(2))
@@ -141,21 +167,21 @@ def count(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[int
     return images, labels, [str(number) for number in range(1, 9)]
 
 
-def orientation(count: int, size: int, seed: int) -> tuple[list[Image.Image], list[int], list[str]]:
-    """Which of eight directions a bar has, before scribbles."""
+def orientation(count: int, size: int, seed: int, style: Style) -> tuple[list[Image.Image], list[int], list[str]]:
+    """Which of eight directions a bar has."""
     generator = random.Random(seed)
     images, labels = [], []
     for _ in range(count):
-        canvas = _scribbles(size, generator)
+        canvas = style.background(size, generator)
         radius, angle = size * generator.uniform(0.14, 0.28), generator.uniform(0, math.pi)
         x, y = (generator.uniform(radius + 1, size - radius - 1) for _ in range(2))
-        _draw_shape(ImageDraw.Draw(canvas), "bar", (x, y, radius), angle, _contrasting(canvas, generator))
+        _draw_shape(ImageDraw.Draw(canvas), "bar", (x, y, radius), angle, style.colour(canvas, generator))
         images.append(canvas)
         labels.append(int(8 * angle / math.pi))
     return images, labels, [f"{22.5 * index:g} to {22.5 * (index + 1):g} degrees" for index in range(8)]
 
 
-TASKS: dict[str, Callable[[int, int, int], tuple[list[Image.Image], list[int], list[str]]]] = {
+TASKS: dict[str, Callable[[int, int, int, Style], tuple[list[Image.Image], list[int], list[str]]]] = {
     "natural": natural,
     "digits": digits,
     "count": count,
@@ -163,7 +189,7 @@ TASKS: dict[str, Callable[[int, int, int], tuple[list[Image.Image], list[int], l
 }
 
 
-def write_task(name: str, folder: Path, sizes: dict[str, int], size: int, seed: int) -> None:
+def write_task(name: str, folder: Path, sizes: dict[str, int], size: int, seed: int, style: Style) -> None:
     """Write one task as `train.parquet`, `validation.parquet` and `test.parquet`.
 
     Args:
@@ -172,8 +198,10 @@ def write_task(name: str, folder: Path, sizes: dict[str, int], size: int, seed: 
         sizes: Images of each split, which are cut from one sequence.
         size: Height and width in pixels.
         seed: Decides the images.
+        style: What they look like.
     """
-    images, labels, names = TASKS[name](sum(sizes.values()), size, seed)
+    images, labels, names = TASKS[name](sum(sizes.values()), size * style.oversampling, seed, style)
+    images = [image.reduce(style.oversampling) for image in images]
     folder.mkdir(parents=True, exist_ok=True)
     start = 0
     for split, length in sizes.items():
@@ -291,6 +319,22 @@ def _colour(generator: random.Random) -> tuple[int, int, int]:
     return generator.randrange(256), generator.randrange(256), generator.randrange(256)
 
 
+def _black(size: int, generator: random.Random) -> Image.Image:
+    return Image.new("RGB", (size, size))
+
+
+def _light(canvas: Image.Image, generator: random.Random) -> tuple[int, int, int]:
+    return (generator.randint(128, 255),) * 3
+
+
+def _light_picture(picture: Image.Image) -> Image.Image:
+    """A drawing in grey, inverted where it is dark: what stands out against black."""
+    grey, alpha = picture.convert("L"), picture.getchannel("A")
+    if ImageStat.Stat(grey, alpha).sum[0] < 128 * ImageStat.Stat(grey, alpha).count[0]:
+        grey = ImageOps.invert(grey)
+    return Image.merge("RGBA", (grey, grey, grey, alpha))
+
+
 def _contrasting(canvas: Image.Image, generator: random.Random) -> tuple[int, int, int]:
     """A random colour that every pixel of a blurred canvas differs from."""
     around = np.asarray(canvas.resize((12, 12), Image.BOX)).reshape(-1, 3).astype(float)
@@ -350,3 +394,11 @@ def _dataset(images: list[bytes], labels: list[int] | None = None, names: list[s
     if labels is not None:
         columns["label"], features["label"] = labels, datasets.ClassLabel(names=names)
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+STYLES = {
+    # all colours on noise with short strokes
+    "cluttered": Style(_scribbles, _background, _clutter, _contrasting, lambda picture: picture, clothing=0.1),
+    # as Fashion-MNIST: light grey on black
+    "plain": Style(_black, _black, _black, _light, _light_picture, clothing=0.5, oversampling=2),
+}

@@ -4,14 +4,14 @@
     python benchmarks/fidelity/linear.py --model runs/study-b/base --data runs/study-b/data/digits --source_r 5 \\
         --output_dir runs/study-b/checkpoints/linear-digits/r5-seed0
 
-The checkpoint is an ordinary one of `Dinov2ForImageClassification`, so that it is evaluated as all others are.
+The checkpoint is an ordinary classifier of transformers, so that it is evaluated as all others are.
 """
 
 import argparse
 
 import torch
 from accelerate import Accelerator
-from probe import features, fit
+from probe import fit
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
@@ -37,11 +37,19 @@ def main() -> None:
     processor = AutoImageProcessor.from_pretrained(args.model)
     dataset = with_pixel_values(dataset, processor, label_column="label")
     config = AutoConfig.from_pretrained(args.model, num_labels=classes)
-    model = AutoModelForImageClassification.from_pretrained(args.model, config=config, dtype=torch.float32)
+    config.__dict__.pop("tocom", None)  # the degree that the backbone was trained at; this run makes a new one
+    model = AutoModelForImageClassification.from_pretrained(
+        args.model, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+    )
     model.eval().to(accelerator.device)
-    apply_tome(model.dinov2, args.source_r)
-    rows, labels = features(model.dinov2, DataLoader(dataset, batch_size=50), accelerator)
-    model.classifier.load_state_dict(fit(rows.flatten(1), labels, classes).state_dict())
+    apply_tome(model, args.source_r)
+    rows, labels = [], []
+    model.classifier.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].float().cpu()))
+    for batch in DataLoader(dataset, batch_size=50):
+        with accelerator.autocast(), torch.no_grad():
+            model(pixel_values=batch["pixel_values"].to(accelerator.device))
+        labels.append(batch["labels"])
+    model.classifier = fit(torch.cat(rows), torch.cat(labels), classes)
     TocomModel.from_pretrained(model, source_r=args.source_r).save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
 

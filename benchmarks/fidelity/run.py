@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from images import distillation_images, write_fashion_mnist, write_task
-from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTForImageClassification, ViTImageProcessor
+import transformers
+from images import STYLES, distillation_images, write_task
+from transformers import AutoConfig, AutoImageProcessor
 
 from tocom_hf import PluginSet
 from tocom_hf.config import CONFIG_NAME
@@ -32,6 +33,7 @@ from tocom_hf.reports import Report, gap_closed
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
 LINEAR = "linear-"  # before the name of a task: a linear head on the frozen backbone instead of fine-tuning
+METHODS = ("paper", "wide", "unlabelled")  # what picked the scale
 STAGES = ("data", "base", "distil", "finetune", "evaluate", "arithmetic", "tabulate")
 
 
@@ -50,14 +52,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_data(config: dict, folder: Path, tasks: list[str]) -> None:
-    size, seed = config["image_size"], config["data_seed"]
+    size, seed, style = config["image_size"], config["data_seed"], STYLES[config["style"]]
     for offset, name in enumerate(config["tasks"]):
         if name in tasks and not (folder / name / "test.parquet").exists():
-            write_task(name, folder / name, config["tasks"][name], size, 1000 * seed + offset)
+            write_task(name, folder / name, config["tasks"][name], size, 1000 * seed + offset, style)
             print(f"images of the task {name} written to {folder / name}", flush=True)
     distil = folder / "distil.parquet"
     if not distil.exists():
-        images = distillation_images(config["distillation_images"], 1000 * seed + 999)
+        images = distillation_images(config["distillation_images"], 1000 * seed + 999, style)
         images.to_parquet(distil.with_suffix(".part"))
         distil.with_suffix(".part").rename(distil)
         print(f"{len(images)} images to distil on written to {distil}", flush=True)
@@ -67,27 +69,12 @@ def make_base(config: dict, model: str, folder: Path) -> None:
     """The backbone as it is, with an image processor that takes images of the study's size as they are."""
     if (folder / "preprocessor_config.json").exists():
         return
-    if "pretraining" in config:
-        pretrain(config, folder)
-        return
-    AutoModel.from_pretrained(model, dtype=torch.float32).save_pretrained(folder)
+    model_class = getattr(transformers, AutoConfig.from_pretrained(model).architectures[0])
+    model_class.from_pretrained(model, dtype=torch.float32).save_pretrained(folder)
     processor = AutoImageProcessor.from_pretrained(model)
     processor.size = processor.crop_size = {"height": config["image_size"], "width": config["image_size"]}
     processor.do_resize = processor.do_center_crop = False
     processor.save_pretrained(folder)
-
-
-def pretrain(config: dict, folder: Path) -> None:
-    """Train a ViT on Fashion-MNIST from random weights."""
-    data, random = folder.parent / "data" / "pretraining", folder.parent / "random"
-    write_fashion_mnist(data)
-    torch.manual_seed(config["data_seed"])
-    ViTForImageClassification(ViTConfig(**config["pretraining"]["model"], num_labels=10)).save_pretrained(random)
-    ViTImageProcessor(size={"height": config["image_size"], "width": config["image_size"]}).save_pretrained(random)
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    train(config, config["pretraining"]["training"], random, data, part, eval_split="test")
-    part.rename(folder)
 
 
 def train(config: dict, arguments: dict, model: Path, data: Path, output_dir: Path, **more: Any) -> None:
@@ -181,8 +168,9 @@ def arithmetic(config: dict, root: Path, results: Path, seed: int) -> None:
 def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: list[int]) -> None:
     lines = [
         "| task | seeds | cells with a clear gap | mean gap | plain | ToCom (0.05 to 0.15) | gap closed "
-        "| ToCom (up to 0.3) | gap closed | cells below plain by more than one standard error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| ToCom (up to 0.3) | gap closed | ToCom (no labels) | gap closed "
+        "| cells below plain by more than one standard error |",
+        "|---" * 12 + "|",
     ]
     for task in tasks:
         paths = [grid(root, task, r, seed) / "grid.json" for seed in seeds for r in config["degrees"]]
@@ -206,15 +194,18 @@ def summary_line(task: str, seeds: int, cells: list[Cell]) -> str:
     clear = sum(cell.gap > 2 * cell.gap_se for cell in moved if cell.gap is not None and cell.gap_se is not None)
     error = math.sqrt(sum(cell.gap_se**2 for cell in moved if cell.gap_se is not None))
     texts = [f"{100 * mean(cell.plain for cell in moved):.1f}"]
-    for method in ("paper", "wide"):
+    for method in METHODS:
+        if not all(method in cell.compensated for cell in moved):
+            texts += ["", ""]
+            continue
         closed = gap_closed(moved, method)
         texts.append(f"{100 * mean(cell.compensated[method].accuracy for cell in moved):.1f}")
         texts.append(f"{100 * closed[0]:.0f} %" if closed and closed[1] > 2 * error else "no clear gap")
     worse = [
         f"{cell.source_r}→{cell.target_r} ({method})"
         for cell in moved
-        for method in ("paper", "wide")
-        if cell.compensated[method].gain < -cell.compensated[method].gain_se
+        for method in METHODS
+        if method in cell.compensated and cell.compensated[method].gain < -cell.compensated[method].gain_se
     ]
     gap = f"{100 * mean(cell.gap for cell in moved):.1f}"
     texts = [task, str(seeds), f"{clear} of {len(moved)}", gap, *texts, ", ".join(worse) or "none"]
