@@ -1,5 +1,6 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 import copy
+import functools
 
 import pytest
 import torch
@@ -40,15 +41,19 @@ def trained_chain(model, max_r=4):
     return plugin_chain
 
 
-@pytest.mark.parametrize(("source_r", "target_r"), [(0, 4), (4, 0), (1, 3), (3, 2)])
-def test_the_loss_is_kl_of_the_plain_teacher_and_the_stock_peft_student(source_r, target_r, tmp_path, pixel_values):
+@pytest.mark.parametrize(
+    ("source_r", "target_r", "proportional"), [(0, 4, True), (4, 0, True), (1, 3, True), (3, 2, True), (2, 4, False)]
+)
+def test_the_loss_is_kl_of_the_plain_teacher_and_the_composed_student(source_r, target_r, proportional, pixel_values):
     """Equation 6, put together from the other parts: the teacher is plain at m, the student composed for n, at n."""
     model = make_model()
     chain = trained_chain(model)
-    distiller = SelfDistiller(model.requires_grad_(False), chain, OBJECTIVES["logits"])
+    objective = OBJECTIVES["logits"]
+    distiller = SelfDistiller(model.requires_grad_(False), chain, objective, proportional_attention=proportional)
     loss = distiller.loss(pixel_values, source_r, target_r)
-    teacher = apply_tome(make_model(), source_r)(pixel_values).logits.log_softmax(-1)
-    student = apply_tome(make_model(), target_r)
+    merge = functools.partial(apply_tome, proportional_attention=proportional)
+    teacher = merge(make_model(), source_r)(pixel_values).logits.log_softmax(-1)
+    student = merge(make_model(), target_r)
     sign = 1 if target_r > source_r else -1
     with torch.no_grad():
         for i in range(min(source_r, target_r), max(source_r, target_r)):
@@ -68,6 +73,15 @@ def test_only_plugins_between_the_degrees_get_gradients(pixel_values):
         for factor in (*layer.lora_A.grad, *layer.lora_B.grad):
             used = factor.abs().sum(1) > 0
             assert used.tolist() == [False] * 2 + [True] * 4 + [False] * 2
+
+
+def test_a_set_remembers_whether_attention_was_proportional(pixel_values):
+    arguments = DistillationArguments(**ARGUMENTS, proportional_attention=False)
+    plugins = distill(make_model(), Noise(), arguments)
+    tocom = TocomModel.from_pretrained(make_model(), plugins=plugins, source_r=0, target_r=4, scale=0.0)
+    expected = apply_tome(make_model(), 4, proportional_attention=False)(pixel_values).logits
+    torch.testing.assert_close(tocom(pixel_values).logits, expected)
+    assert not torch.allclose(apply_tome(make_model(), 4)(pixel_values).logits, expected, atol=1e-4)
 
 
 def test_a_fresh_chain_changes_nothing(pixel_values):

@@ -101,7 +101,7 @@ def distill(
     torch.manual_seed(args.seed)
     facts = BackboneFacts.of(backbone)
     with _prepared(model, backbone, args) as plugin_chain:
-        distiller = SelfDistiller(model, plugin_chain, objective, accelerator)
+        distiller = SelfDistiller(model, plugin_chain, objective, accelerator, args.proportional_attention)
         training = Training(
             distiller, dataset, args, accelerator, global_batch, steps, {"model": list(facts.sketch)}, eval_dataset
         )
@@ -115,6 +115,7 @@ def distill(
         rank=args.rank,
         trained_scale=args.scale,
         recommended_scale=args.scale,
+        merging={"proportional_attention": args.proportional_attention},
         training={
             **args.recipe(),
             "objective": objective.name,
@@ -139,12 +140,18 @@ class SelfDistiller:
         plugins: The chain to train.
         objective: What to compare.
         accelerator: Shards the frozen weights, where it is set up to.
+        proportional_attention: As in `apply_tome`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, plugins: PluginChain, objective: Objective, accelerator: Accelerator | None = None
+        self,
+        model: PreTrainedModel,
+        plugins: PluginChain,
+        objective: Objective,
+        accelerator: Accelerator | None = None,
+        proportional_attention: bool = True,
     ):
-        self.plugins, self.objective = plugins, objective
+        self.plugins, self.objective, self.proportional_attention = plugins, objective, proportional_attention
         backbone = find_backbone(model)
         # transformers' own heads of these families read nothing else; those of others might
         stock = type(model).__module__.startswith("transformers.") and not hasattr(model, "decoder")
@@ -169,7 +176,7 @@ class SelfDistiller:
             keys: int64 `(batch,)`, keys of the images for dropout; `None` for no dropout.
         """
         self.plugins.activate(source_r, target_r, keys)
-        apply_tome(self.model, target_r)
+        apply_tome(self.model, target_r, proportional_attention=self.proportional_attention)
         return self.objective.outputs(self.model, pixel_values)
 
     def loss(
