@@ -91,6 +91,8 @@ def distill(
     """
     accelerator = accelerator or Accelerator()
     _check_accelerator(accelerator)
+    if args.weight_noise and accelerator.distributed_type == DistributedType.FSDP:
+        raise ArgumentError("weight_noise changes whole weights, and FSDP shards them. Set one of the two aside.")
     backbone, objective = find_backbone(model), find_objective(args.objective, model)
     if get_schedule(model) is not None:
         raise UnsupportedModelError("The model merges tokens already. Call remove_tome(model) before distilling.")

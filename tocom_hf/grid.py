@@ -241,9 +241,7 @@ def estimate(values: torch.Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def _predict(
-    model: TocomModel, loader: DataLoader, accelerator: Accelerator
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _predict(model: TocomModel, loader: DataLoader, accelerator: Accelerator) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities, float32 `(images, classes)`, and labels, `(images,)`, in the order of the images."""
     outcomes = []
     for batch in loader:

@@ -234,7 +234,9 @@ def plot_tradeoff(report: Report, path: str | Path) -> None:
         prices = [price(cell.target_r) for cell in row]
         _errorbar(axis, prices, [(cell.plain, cell.plain_se) for cell in row], "o--", "0.5", "plain")
         picked = [name for name in report.methods() if not name.startswith("scale")]
-        for name, style, colour in zip(picked, ("o-", "s:", "d-."), ("tab:blue", "tab:orange", "tab:green"), strict=False):
+        for name, style, colour in zip(
+            picked, ("o-", "s:", "d-."), ("tab:blue", "tab:orange", "tab:green"), strict=False
+        ):
             found = [cell.compensated.get(name) for cell in row]
             points = [(t.accuracy, t.se) if t else (c.plain, c.plain_se) for t, c in zip(found, row, strict=True)]
             _errorbar(axis, prices, points, style, colour, _title(name))

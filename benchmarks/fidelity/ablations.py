@@ -48,6 +48,7 @@ ABLATIONS = {
     "trained on 8 to 0 only": {"degree_sampler": "only 8 to 0"},
     "500 images": {"images": 500},
     "no dropout": {"lora_dropout": 0.0},
+    "proportional attention off": {"proportional_attention": False},
 }
 SCALES = (-0.1, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.3)
 
@@ -55,6 +56,7 @@ SCALES = (-0.1, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.3)
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", choices=ABLATIONS, default=[*ABLATIONS], help="Only these distillations.")
     parser.add_argument("--max_steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_test_images", type=int, default=1000)
@@ -77,7 +79,8 @@ def make_plugins(settings: dict, data: Path, folder: Path, args: argparse.Namesp
 class Judge:
     """Divergence between the model at degree m and, with the chain from m to n, at degree n."""
 
-    def __init__(self, data: Path, count: int):
+    def __init__(self, data: Path, count: int, proportional_attention: bool = True):
+        self.proportional_attention = proportional_attention
         self.model = AutoModelForImageClassification.from_pretrained(CHECKPOINT).eval()
         self.weights = copy.deepcopy(find_backbone(self.model).projections())
         images = load_images(str(data / "test.parquet"), split="test", max_samples=count)
@@ -92,7 +95,7 @@ class Judge:
         for path, layer in find_backbone(self.model).projections().items():
             weight = self.weights[path].weight
             layer.weight.copy_(weight if composite is None else composite.apply(path, weight))
-        apply_tome(self.model, r)
+        apply_tome(self.model, r, proportional_attention=self.proportional_attention)
         return torch.cat([self.model(pixel_values=batch).logits for batch in self.batches]).log_softmax(-1)
 
     @staticmethod
@@ -111,6 +114,10 @@ class Judge:
             cells.append(f"{ratio:.2f} ± {error:.2f}")
         return f"| {name} | {' | '.join(cells)} |"
 
+    def plain_row(self, name: str) -> str:
+        """Divergence of token merging alone."""
+        return f"| {name} | {' | '.join(f'{value.mean():.4f}' for value in self.plain.values())} |"
+
 
 def main() -> None:
     args = parse_args()
@@ -119,7 +126,6 @@ def main() -> None:
         write_fashion_mnist(data)
     judge = Judge(data, args.num_test_images)
     pairs = [f"{m} to {n}" for m, n in judge.plain]
-    plain = " | ".join(f"{value.mean():.4f}" for value in judge.plain.values())
     lines = [
         f"# Ablations, {datetime.date.today().isoformat()}",
         "",
@@ -128,16 +134,21 @@ def main() -> None:
         f"the standard errors are over. CPU, torch {torch.__version__}. `python benchmarks/fidelity/ablations.py`",
         "",
         "Divergence of student and teacher over that of token merging alone, from the teacher's degree to the "
-        "student's. The first row is the divergence itself.",
+        "student's. The rows called KL are the divergence itself.",
         "",
         f"| | {' | '.join(pairs)} |",
         "|---" * (len(pairs) + 1) + "|",
-        f"| token merging alone, KL | {plain} |",
+        judge.plain_row("token merging alone, KL"),
     ]
-    for name, settings in ABLATIONS.items():
+    for name in args.rows:
+        settings = ABLATIONS[name]
         folder = args.output_dir / f"{name.replace(' ', '_').replace(':', '').replace(',', '')}-seed{args.seed}"
         plugins = make_plugins(settings, data, folder, args)
-        lines.append(judge.row(name, plugins))
+        if plugins.config.merging["proportional_attention"]:
+            lines.append(judge.row(name, plugins))
+        else:
+            other = Judge(data, args.num_test_images, proportional_attention=False)
+            lines += [other.plain_row(f"{name}, token merging alone, KL"), other.row(name, plugins)]
         print(lines[-1], flush=True)
         if not settings:
             lines += [judge.row(f"default, at scale {scale}", plugins, scale) for scale in SCALES if scale != 0.1]

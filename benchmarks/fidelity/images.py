@@ -45,7 +45,8 @@ class Style:
         background: Makes the canvas of a task, from its size in pixels.
         smooth: The same for the task that would drown in it.
         clutter: The canvas of a collage to distil on.
-        colour: What to draw in on a canvas.
+        colour: What to draw in on the canvas of a task.
+        cloth: What colour clothing has among the images to distil on.
         picture: A drawing with its transparency as it is laid on a canvas.
         clothing: Share of Fashion-MNIST among the images to distil on.
         oversampling: Images of tasks are drawn so many times as large, and shrunk.
@@ -55,6 +56,7 @@ class Style:
     smooth: Callable[[int, random.Random], Image.Image]
     clutter: Callable[[int, random.Random], Image.Image]
     colour: Callable[[Image.Image, random.Random], tuple[int, int, int]]
+    cloth: Callable[[random.Random], tuple[int, int, int]]
     picture: Callable[[Image.Image], Image.Image]
     clothing: float
     oversampling: int = 1
@@ -93,7 +95,7 @@ def distillation_images(count: int, seed: int, style: Style) -> datasets.Dataset
         for _ in range(clothing):
             grey = Image.fromarray(fashion[generator.randrange(len(fashion))]).resize((CANVAS, CANVAS), Image.BICUBIC)
             canvas = style.clutter(CANVAS, generator)
-            canvas.paste(style.colour(canvas, generator), (0, 0), grey)
+            canvas.paste(style.cloth(generator), (0, 0), grey)
             yield _jpeg(canvas)
 
     images = list(samples())
@@ -323,7 +325,7 @@ def _black(size: int, generator: random.Random) -> Image.Image:
     return Image.new("RGB", (size, size))
 
 
-def _light(canvas: Image.Image, generator: random.Random) -> tuple[int, int, int]:
+def _light(generator: random.Random) -> tuple[int, int, int]:
     return (generator.randint(128, 255),) * 3
 
 
@@ -398,7 +400,13 @@ def _dataset(images: list[bytes], labels: list[int] | None = None, names: list[s
 
 STYLES = {
     # all colours on noise with short strokes
-    "cluttered": Style(_scribbles, _background, _clutter, _contrasting, lambda picture: picture, clothing=0.1),
+    "cluttered": Style(
+        background=_scribbles, smooth=_background, clutter=_clutter, colour=_contrasting, cloth=_colour,
+        picture=lambda picture: picture, clothing=0.1,
+    ),
     # as Fashion-MNIST: light grey on black
-    "plain": Style(_black, _black, _black, _light, _light_picture, clothing=0.5, oversampling=2),
-}
+    "plain": Style(
+        background=_black, smooth=_black, clutter=_black, colour=lambda canvas, generator: _light(generator),
+        cloth=_light, picture=_light_picture, clothing=0.5, oversampling=2,
+    ),
+}  # fmt: skip

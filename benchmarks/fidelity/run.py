@@ -47,6 +47,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", help="Only these seeds.")
     parser.add_argument("--degrees", type=int, nargs="+", help="Only these degrees, as source and as target.")
     parser.add_argument("--source_r", type=int, nargs="+", help="Only checkpoints of these degrees.")
+    parser.add_argument(
+        "--variant", default="", help="Another recipe of distillation, by its name in the configuration's `variants`."
+    )
     parser.add_argument("--results_dir", type=Path, help="Where tables and plots go; default: OUTPUT_DIR/results.")
     return parser.parse_args()
 
@@ -94,8 +97,8 @@ def train(config: dict, arguments: dict, model: Path, data: Path, output_dir: Pa
     )
 
 
-def distil(config: dict, root: Path) -> None:
-    folder = root / "plugins"
+def distil(config: dict, root: Path, variant: str) -> None:
+    folder = plugin_folder(root, variant)
     if (folder / CONFIG_NAME).exists():
         return
     run(
@@ -104,7 +107,7 @@ def distil(config: dict, root: Path) -> None:
         dataset_name=root / "data" / "distil.parquet",
         output_dir=folder,
         mixed_precision=config["precision"],
-        **config["distillation"],
+        **{**config["distillation"], **(config["variants"][variant] if variant else {})},
     )
     plugins = PluginSet.from_pretrained(folder)
     plugins.config.base_model = config["model"]
@@ -130,15 +133,15 @@ def finetune(config: dict, root: Path, task: str, source_r: int, seed: int) -> N
     part.rename(folder)
 
 
-def evaluate(config: dict, root: Path, task: str, source_r: int, seed: int) -> None:
+def evaluate(config: dict, root: Path, task: str, source_r: int, seed: int, variant: str) -> None:
     """One row of the grid. Rows are joined by `tabulate`, from what every checkpoint made of every image."""
-    folder = grid(root, task, source_r, seed)
+    folder = grid(root, task, source_r, seed, variant)
     if (folder / "grid.json").exists():
         return
     run(
         "evaluate.py",
         checkpoints=checkpoint(root, task, source_r, seed),
-        plugins=root / "plugins",
+        plugins=plugin_folder(root, variant),
         dataset_name=data_folder(root, task),
         target_r=config["degrees"],
         scales=config["scales"],
@@ -165,7 +168,7 @@ def arithmetic(config: dict, root: Path, results: Path, seed: int) -> None:
     )
 
 
-def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: list[int]) -> None:
+def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: list[int], variant: str = "") -> None:
     lines = [
         "| task | seeds | cells with a clear gap | mean gap | plain | ToCom (0.05 to 0.15) | gap closed "
         "| ToCom (up to 0.3) | gap closed | ToCom (no labels) | gap closed "
@@ -173,7 +176,7 @@ def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: l
         "|---" * 12 + "|",
     ]
     for task in tasks:
-        paths = [grid(root, task, r, seed) / "grid.json" for seed in seeds for r in config["degrees"]]
+        paths = [grid(root, task, r, seed, variant) / "grid.json" for seed in seeds for r in config["degrees"]]
         reports = [Report.load(path) for path in paths if path.exists()]
         if not reports:
             continue
@@ -225,8 +228,16 @@ def checkpoint(root: Path, task: str, source_r: int, seed: int) -> Path:
     return root / "checkpoints" / task / f"r{source_r}-seed{seed}"
 
 
-def grid(root: Path, task: str, source_r: int, seed: int) -> Path:
-    return root / "grids" / task / f"r{source_r}-seed{seed}"
+def plugin_folder(root: Path, variant: str) -> Path:
+    return root / with_variant("plugins", variant)
+
+
+def with_variant(name: str, variant: str) -> str:
+    return f"{name}-{variant}" if variant else name
+
+
+def grid(root: Path, task: str, source_r: int, seed: int, variant: str = "") -> Path:
+    return root / with_variant("grids", variant) / task / f"r{source_r}-seed{seed}"
 
 
 def run(script: str | Path, **arguments: Any) -> None:
@@ -252,7 +263,7 @@ def main() -> None:
     if "base" in args.stages:
         make_base(config, model, root / "base")
     if "distil" in args.stages:
-        distil(config, root)
+        distil(config, root, args.variant)
     for seed in seeds:
         for task in tasks:
             for source_r in args.source_r or config["degrees"]:
@@ -261,13 +272,13 @@ def main() -> None:
                 if "finetune" in args.stages:
                     finetune(config, root, task, source_r, seed)
                 if "evaluate" in args.stages:
-                    evaluate(config, root, task, source_r, seed)
-    results = args.results_dir or root / "results"
+                    evaluate(config, root, task, source_r, seed, args.variant)
+    results = args.results_dir or root / with_variant("results", args.variant)
     if "arithmetic" in args.stages:
         for seed in seeds:
             arithmetic(config, root, results, seed)
     if "tabulate" in args.stages:
-        tabulate(config, root, results, tasks, seeds)
+        tabulate(config, root, results, tasks, seeds, args.variant)
 
 
 if __name__ == "__main__":
