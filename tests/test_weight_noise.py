@@ -5,6 +5,8 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from conftest import make_model
 from test_distillation import ARGUMENTS, Noise
 from torch import nn
@@ -70,6 +72,13 @@ def test_distillation_uses_it_and_leaves_the_model_alone():
     assert torch.equal(noisy, again)
     assert not torch.allclose(plain, noisy, rtol=0.01)
     assert sets[1].config.training["weight_noise"] == 0.2
+
+
+def test_sharded_weights_are_refused(monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ArgumentError, match="FSDP shards them"):
+        distill(make_model(), Noise(), DistillationArguments(**ARGUMENTS, weight_noise=0.1), accelerator)
 
 
 def test_it_must_not_be_negative():
