@@ -40,9 +40,6 @@ class DistillationArguments:
     lora_dropout: float = _argument(0.1, "Dropout probability between the two factors of a plugin.")
     objective: str = _argument("auto", f"What teacher and student agree on: auto, {' or '.join(OBJECTIVES)}.")
     proportional_attention: bool = _argument(True, "Add the log of token sizes to attention logits, as ToMe does.")
-    weight_noise: float = _argument(
-        0.0, "Largest relative norm of the random weight changes of each step, which stand for fine-tuning."
-    )
     degree_sampler: str = _argument("uniform", "How degrees are drawn: uniform, adjacent or antithetic.")
 
     num_train_epochs: int = _argument(10, "Passes over the data set. Ignored where max_steps is given.")
@@ -89,7 +86,7 @@ class DistillationArguments:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ArgumentError(f"{name} must be positive, got {value!r}.")
-        for name in ("weight_decay", "weight_noise", "min_learning_rate", "dataloader_num_workers"):
+        for name in ("weight_decay", "min_learning_rate", "dataloader_num_workers"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ArgumentError(f"{name} must not be negative, got {getattr(self, name)!r}.")
         if not 0 <= self.lora_dropout < 1:

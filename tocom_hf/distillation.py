@@ -90,7 +90,7 @@ def distill(
     ```
     """
     accelerator = accelerator or Accelerator()
-    _check_accelerator(accelerator, args)
+    _check_accelerator(accelerator)
     backbone, objective = find_backbone(model), find_objective(args.objective, model)
     if get_schedule(model) is not None:
         raise UnsupportedModelError("The model merges tokens already. Call remove_tome(model) before distilling.")
@@ -266,7 +266,7 @@ def _count_steps(dataset: Any, args: DistillationArguments, global_batch: int) -
     return args.max_steps or count // global_batch * args.num_train_epochs
 
 
-def _check_accelerator(accelerator: Accelerator, args: DistillationArguments) -> None:
+def _check_accelerator(accelerator: Accelerator) -> None:
     if accelerator.gradient_accumulation_steps != 1:
         raise ArgumentError(
             "Give gradient_accumulation_steps in the DistillationArguments, not to the Accelerator: "
@@ -277,8 +277,6 @@ def _check_accelerator(accelerator: Accelerator, args: DistillationArguments) ->
             "DeepSpeed's engine owns optimiser and gradients, of which distillation has only the plugins'. To shard "
             "the frozen weights use FSDP (examples/configs/fsdp.yaml)."
         )
-    if accelerator.distributed_type == DistributedType.FSDP and args.weight_noise:
-        raise ArgumentError("weight_noise changes whole weights, and FSDP shards them. Leave one of the two out.")
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if accelerator.distributed_type == DistributedType.FSDP and plugin is not None and plugin.fsdp_version != 2:
         raise ArgumentError("Set fsdp_version to 2 (examples/configs/fsdp.yaml): version 1 wraps the model.")

@@ -25,13 +25,11 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .agreement import agreement_grid, agreement_sums
-from .architectures import find_backbone
 from .arguments import DistillationArguments
 from .errors import CheckpointError, DistillationError, DistillationInterrupted
 from .sampling import find_sampler
 from .training_data import StreamState, TrainingLoader, is_stream
 from .training_state import Checkpoint
-from .weight_noise import WeightNoise
 
 
 logger = logging.get_logger(__name__)
@@ -88,7 +86,6 @@ class Training:
             "readers": [accelerator.num_processes, args.dataloader_num_workers] if is_stream(dataset) else None,
             **facts,
         }
-        self.noise = WeightNoise(find_backbone(distiller.model).layers, args.weight_noise, args.seed)
         self.step, self.skipped = 0, 0
         self.loss_sum, self.loss_count = 0.0, 0
         # distance |m - n| and loss of the last steps
@@ -156,17 +153,16 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             total = torch.zeros((), device=self.accelerator.device)
-            with self.noise.step(self.step):
-                for _ in range(args.gradient_accumulation_steps):
-                    batch = next(batches)
-                    with torch.no_grad():
-                        images = args.augmentation(batch["pixel_values"], batch["key"], self.mean, self.std)
-                    for source_r, target_r in pairs:
-                        with self.accelerator.autocast():
-                            loss = self.distiller.loss(images, source_r, target_r, batch["key"])
-                        loss = loss / (args.gradient_accumulation_steps * len(pairs))
-                        self.accelerator.backward(loss)
-                        total += loss.detach()
+            for _ in range(args.gradient_accumulation_steps):
+                batch = next(batches)
+                with torch.no_grad():
+                    images = args.augmentation(batch["pixel_values"], batch["key"], self.mean, self.std)
+                for source_r, target_r in pairs:
+                    with self.accelerator.autocast():
+                        loss = self.distiller.loss(images, source_r, target_r, batch["key"])
+                    loss = loss / (args.gradient_accumulation_steps * len(pairs))
+                    self.accelerator.backward(loss)
+                    total += loss.detach()
             value, told_to_stop = self._share(total, stop.signum is not None)
             norm = self._clip()
             # fp16's loss scaling finds out for itself how large gradients may get

@@ -47,9 +47,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", help="Only these seeds.")
     parser.add_argument("--degrees", type=int, nargs="+", help="Only these degrees, as source and as target.")
     parser.add_argument("--source_r", type=int, nargs="+", help="Only checkpoints of these degrees.")
-    parser.add_argument(
-        "--variant", default="", help="Another recipe of distillation, by its name in the configuration's `variants`."
-    )
     parser.add_argument("--results_dir", type=Path, help="Where tables and plots go; default: OUTPUT_DIR/results.")
     return parser.parse_args()
 
@@ -97,8 +94,8 @@ def train(config: dict, arguments: dict, model: Path, data: Path, output_dir: Pa
     )
 
 
-def distil(config: dict, root: Path, variant: str) -> None:
-    folder = plugin_folder(root, variant)
+def distil(config: dict, root: Path) -> None:
+    folder = root / "plugins"
     if (folder / CONFIG_NAME).exists():
         return
     run(
@@ -107,7 +104,7 @@ def distil(config: dict, root: Path, variant: str) -> None:
         dataset_name=root / "data" / "distil.parquet",
         output_dir=folder,
         mixed_precision=config["precision"],
-        **{**config["distillation"], **(config["variants"][variant] if variant else {})},
+        **config["distillation"],
     )
     plugins = PluginSet.from_pretrained(folder)
     plugins.config.base_model = config["model"]
@@ -133,15 +130,15 @@ def finetune(config: dict, root: Path, task: str, source_r: int, seed: int) -> N
     part.rename(folder)
 
 
-def evaluate(config: dict, root: Path, task: str, source_r: int, seed: int, variant: str) -> None:
+def evaluate(config: dict, root: Path, task: str, source_r: int, seed: int) -> None:
     """One row of the grid. Rows are joined by `tabulate`, from what every checkpoint made of every image."""
-    folder = grid(root, task, source_r, seed, variant)
+    folder = grid(root, task, source_r, seed)
     if (folder / "grid.json").exists():
         return
     run(
         "evaluate.py",
         checkpoints=checkpoint(root, task, source_r, seed),
-        plugins=plugin_folder(root, variant),
+        plugins=root / "plugins",
         dataset_name=data_folder(root, task),
         target_r=config["degrees"],
         scales=config["scales"],
@@ -168,15 +165,19 @@ def arithmetic(config: dict, root: Path, results: Path, seed: int) -> None:
     )
 
 
-def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: list[int], variant: str = "") -> None:
+def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: list[int]) -> None:
     lines = [
         "| task | seeds | cells with a clear gap | mean gap | plain | ToCom (0.05 to 0.15) | gap closed "
         "| ToCom (up to 0.3) | gap closed | ToCom (no labels) | gap closed "
         "| cells below plain by more than one standard error |",
         "|---" * 12 + "|",
     ]
+    changes = [
+        "| task | change | plain | trained at target | ToCom (0.05 to 0.15) | ToCom (no labels) | sign flipped |",
+        "|---" * 7 + "|",
+    ]
     for task in tasks:
-        paths = [grid(root, task, r, seed, variant) / "grid.json" for seed in seeds for r in config["degrees"]]
+        paths = [grid(root, task, r, seed) / "grid.json" for seed in seeds for r in config["degrees"]]
         reports = [Report.load(path) for path in paths if path.exists()]
         if not reports:
             continue
@@ -185,8 +186,10 @@ def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: l
         joined = Report(settings, [run for report in reports for run in report.runs], reports[0].costs)
         joined.save(results / task)
         lines.append(summary_line(task, max(cell.checkpoints for cell in joined.cells), joined.cells))
+        changes += [change_line(task, cell) for cell in joined.cells if cell.compensated]
         print(f"{task}\n{joined.markdown()}\n", flush=True)
     (results / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (results / "changes.md").write_text("\n".join(changes) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 
@@ -215,6 +218,17 @@ def summary_line(task: str, seeds: int, cells: list[Cell]) -> str:
     return f"| {' | '.join(texts)} |"
 
 
+def change_line(task: str, cell: Cell) -> str:
+    """One cell off the diagonal: accuracies, gains over plain and the gap, in per cent."""
+    texts = [f"{100 * cell.plain:.1f}", ""]
+    if cell.trained is not None and cell.gap is not None and cell.gap_se is not None:
+        texts[1] = f"{100 * cell.trained:.1f} ({100 * cell.gap:+.1f} ± {100 * cell.gap_se:.1f})"
+    for method in ("paper", "unlabelled", "scale -0.1"):
+        found = cell.compensated.get(method)
+        texts.append(f"{100 * found.gain:+.1f} ± {100 * found.gain_se:.1f}" if found else "")
+    return f"| `{task}` | {cell.source_r} to {cell.target_r} | {' | '.join(texts)} |"
+
+
 def mean(values) -> float:
     values = list(values)
     return sum(values) / len(values)
@@ -228,16 +242,8 @@ def checkpoint(root: Path, task: str, source_r: int, seed: int) -> Path:
     return root / "checkpoints" / task / f"r{source_r}-seed{seed}"
 
 
-def plugin_folder(root: Path, variant: str) -> Path:
-    return root / with_variant("plugins", variant)
-
-
-def with_variant(name: str, variant: str) -> str:
-    return f"{name}-{variant}" if variant else name
-
-
-def grid(root: Path, task: str, source_r: int, seed: int, variant: str = "") -> Path:
-    return root / with_variant("grids", variant) / task / f"r{source_r}-seed{seed}"
+def grid(root: Path, task: str, source_r: int, seed: int) -> Path:
+    return root / "grids" / task / f"r{source_r}-seed{seed}"
 
 
 def run(script: str | Path, **arguments: Any) -> None:
@@ -263,7 +269,7 @@ def main() -> None:
     if "base" in args.stages:
         make_base(config, model, root / "base")
     if "distil" in args.stages:
-        distil(config, root, args.variant)
+        distil(config, root)
     for seed in seeds:
         for task in tasks:
             for source_r in args.source_r or config["degrees"]:
@@ -272,13 +278,13 @@ def main() -> None:
                 if "finetune" in args.stages:
                     finetune(config, root, task, source_r, seed)
                 if "evaluate" in args.stages:
-                    evaluate(config, root, task, source_r, seed, args.variant)
-    results = args.results_dir or root / with_variant("results", args.variant)
+                    evaluate(config, root, task, source_r, seed)
+    results = args.results_dir or root / "results"
     if "arithmetic" in args.stages:
         for seed in seeds:
             arithmetic(config, root, results, seed)
     if "tabulate" in args.stages:
-        tabulate(config, root, results, tasks, seeds, args.variant)
+        tabulate(config, root, results, tasks, seeds)
 
 
 if __name__ == "__main__":
