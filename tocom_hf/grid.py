@@ -162,7 +162,8 @@ def evaluate_checkpoint(
             if degree == model.source_r or model.plugins is None:
                 runs.append(CellRun(name, model.source_r, degree, plain, {}, {}, (), {}))
                 continue
-            sweep, picked = {}, {}
+            sweep: dict[float, tuple[float, ...]] = {}
+            picked: dict[str, float] = {}
             if validation is not None:
                 for scale in dict.fromkeys((0.0, *scales)):
                     with model.at(degree, scale):
