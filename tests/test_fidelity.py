@@ -83,7 +83,16 @@ def test_the_summary_joins_seeds(tmp_path):
     assert [cell["checkpoints"] for cell in content["cells"]] == [2] * 4
     moved = [cell for cell in content["cells"] if cell["source_r"] != cell["target_r"]]
     share = sum(c["compensated"]["paper"]["gain"] for c in moved) / sum(c["gap"] for c in moved)
-    assert f"| {100 * share:.0f} % |" in (tmp_path / "results" / "summary.md").read_text()
+    summary = (tmp_path / "results" / "summary.md").read_text()
+    assert f"| {100 * share:.0f} % |" in summary
+    gains = [cell["compensated"]["paper"]["gain"] for cell in moved]
+    below = sum(c["compensated"]["paper"]["gain"] < -c["compensated"]["paper"]["gain_se"] for c in moved)
+    assert f"| fine-tuned | 2 | {100 * sum(gains) / 2:+.2f} ({below}) |" in summary
+    (line,) = [row for row in (tmp_path / "results" / "changes.md").read_text().splitlines() if "0 to 4" in row]
+    cell = next(cell for cell in moved if cell["source_r"] == 0)
+    paper = cell["compensated"]["paper"]
+    assert line.startswith(f"| `count` | 0 to 4 | {100 * cell['plain']:.1f} | {100 * cell['trained']:.1f} ")
+    assert f"| {100 * paper['gain']:+.1f} ± {100 * paper['gain_se']:.1f} |" in line
 
 
 def test_the_configurations_fit_the_scripts():

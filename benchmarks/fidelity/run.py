@@ -176,6 +176,7 @@ def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: l
         "| task | change | plain | trained at target | ToCom (0.05 to 0.15) | ToCom (no labels) | sign flipped |",
         "|---" * 7 + "|",
     ]
+    groups: dict[str, list[Cell]] = {}
     for task in tasks:
         paths = [grid(root, task, r, seed) / "grid.json" for seed in seeds for r in config["degrees"]]
         reports = [Report.load(path) for path in paths if path.exists()]
@@ -186,8 +187,17 @@ def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: l
         joined = Report(settings, [run for report in reports for run in report.runs], reports[0].costs)
         joined.save(results / task)
         lines.append(summary_line(task, max(cell.checkpoints for cell in joined.cells), joined.cells))
-        changes += [change_line(task, cell) for cell in joined.cells if cell.compensated]
+        moved = [cell for cell in joined.cells if cell.compensated]
+        changes += [change_line(task, cell) for cell in moved]
+        groups.setdefault("heads" if task.startswith(LINEAR) else "fine-tuned", []).extend(moved)
         print(f"{task}\n{joined.markdown()}\n", flush=True)
+    lines += [
+        "",
+        "| mean gain (cells below plain by more than one standard error) | cells | ToCom (0.05 to 0.15) "
+        "| ToCom (up to 0.3) | ToCom (no labels) | sign flipped |",
+        "|---" * 6 + "|",
+        *(group_line(name, cells) for name, cells in groups.items()),
+    ]
     (results / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (results / "changes.md").write_text("\n".join(changes) + "\n", encoding="utf-8")
     print("\n".join(lines))
@@ -227,6 +237,16 @@ def change_line(task: str, cell: Cell) -> str:
         found = cell.compensated.get(method)
         texts.append(f"{100 * found.gain:+.1f} ± {100 * found.gain_se:.1f}" if found else "")
     return f"| `{task}` | {cell.source_r} to {cell.target_r} | {' | '.join(texts)} |"
+
+
+def group_line(name: str, cells: list[Cell]) -> str:
+    """Mean gain over plain, in points, and how often a method does harm, over the cells off the diagonal."""
+    texts = [name, str(len(cells))]
+    for method in (*METHODS, "scale -0.1"):
+        found = [cell.compensated[method] for cell in cells if method in cell.compensated]
+        below = sum(tocom.gain < -tocom.gain_se for tocom in found)
+        texts.append(f"{100 * mean(tocom.gain for tocom in found):+.2f} ({below})" if found else "")
+    return f"| {' | '.join(texts)} |"
 
 
 def mean(values) -> float:
