@@ -17,7 +17,7 @@ import transformers
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser
 
-from tocom_hf import TocomError
+from tocom_hf import PluginSet, TocomError
 from tocom_hf.architectures import ARCHITECTURES
 from tocom_hf.data import TrainingImages, load_images
 from tocom_hf.distillation import PRESETS, DistillationArguments, distill, hold_out, save_agreement
@@ -38,6 +38,7 @@ class ScriptArguments:
     num_eval_images: int = field(
         default=512, metadata={"help": "Images for the agreement grid; held out of dataset_split without eval_split."}
     )
+    init_plugins: str | None = field(default=None, metadata={"help": "Plugin set to start from: Hub id or folder."})
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many images."})
     streaming: bool = field(default=False, metadata={"help": "Read images as they come; needs max_steps."})
@@ -111,6 +112,7 @@ def main() -> None:
     )
     if script.report_to:
         accelerator.init_trackers("tocom")
+    init_plugins = None if script.init_plugins is None else PluginSet.from_pretrained(script.init_plugins)
     model = load_model(script)
     with accelerator.main_process_first():
         images, held_out = load_data(script, training)
@@ -120,6 +122,7 @@ def main() -> None:
         training,
         accelerator,
         eval_dataset=held_out,
+        init_plugins=init_plugins,
         base_model=script.model_name_or_path,
         base_model_revision=getattr(model.config, "_commit_hash", None),
         training_facts={"dataset": script.dataset_name, "dataset_split": script.dataset_split},

@@ -20,9 +20,11 @@ def agreement(teacher, student):
     return (teacher == student).float()
 
 
-def grid():
+def grid(sources=DEGREES):
     batches = [torch.arange(5), torch.arange(5, 9)]
-    return agreement_grid(agreement_sums(run, agreement, batches, DEGREES, torch.device("cpu")), DEGREES)
+    return agreement_grid(
+        agreement_sums(run, agreement, batches, sources, DEGREES, torch.device("cpu")), sources, DEGREES
+    )
 
 
 def test_cells_are_means_over_images():
@@ -40,10 +42,23 @@ def test_cells_are_means_over_images():
 
 def test_sums_of_processes_add_up():
     parts = [
-        agreement_sums(run, agreement, [images], DEGREES, torch.device("cpu"))
+        agreement_sums(run, agreement, [images], DEGREES, DEGREES, torch.device("cpu"))
         for images in (torch.arange(4), torch.arange(4, 9))
     ]
-    assert agreement_grid(parts[0] + parts[1], DEGREES) == grid()
+    assert agreement_grid(parts[0] + parts[1], DEGREES, DEGREES) == grid()
+
+
+def test_a_grid_may_have_one_teacher(tmp_path):
+    whole, row = grid(), grid(sources=[2])
+    assert (row["sources"], row["degrees"]) == ([2], DEGREES)
+    assert (row["plain"], row["tocom"]) == (whole["plain"][1:2], whole["tocom"][1:2])
+    assert len(format_grid(row).splitlines()) == 2
+    plot_agreement(row).savefig(tmp_path / "agreement.png")
+
+
+def test_grids_recorded_before_rows_had_a_name_are_square():
+    old = {name: value for name, value in grid().items() if name != "sources"}
+    assert format_grid(old) == format_grid(grid())
 
 
 def test_the_table_shows_every_cell():

@@ -89,6 +89,18 @@ def test_an_agreement_grid_and_hardware_are_rendered(plugins):
     assert card.data.datasets == ["org/images"]
 
 
+def test_the_card_of_a_set_for_one_checkpoint_says_so(plugins):
+    plugins.config.source_r = 6
+    grid = [[0.5, 0.75, 1.0]]
+    agreement = {"sources": [6], "degrees": [0, 3, 6], "plain": grid, "tocom": grid}
+    plugins.config.training = {"agreement": agreement}
+    card = plugin_set_card(plugins.config, "user/set")
+    assert "source_r=6,  # the degree that the checkpoint was trained at\n    target_r=0," in card.text
+    assert "distilled on this one model" in card.text
+    assert "any checkpoint fine-tuned" not in card.text
+    assert "| m \\ n | 0 | 3 | 6 |\n|---|---|---|---|\n| 6 | 50.0 | 75.0 | 100.0 |" in card.text
+
+
 @pytest.mark.parametrize("grid", [None, [], {"degrees": 3}, {"degrees": [0], "plain": [["x"]], "tocom": [[2.0]]}])
 def test_a_malformed_agreement_grid_is_left_out(plugins, grid):
     plugins.config.training = {"agreement": grid}

@@ -11,7 +11,17 @@ from test_patching import describe
 from torch.utils.data import Dataset
 from transformers import ViTModel
 
-from tocom_hf import DatasetError, DegreeError, PluginSet, TocomError, TocomModel, UnsupportedModelError, apply_tome
+from tocom_hf import (
+    ArgumentError,
+    BackboneMismatchError,
+    DatasetError,
+    DegreeError,
+    PluginSet,
+    TocomError,
+    TocomModel,
+    UnsupportedModelError,
+    apply_tome,
+)
 from tocom_hf.architectures import find_backbone
 from tocom_hf.distillation import DistillationArguments, SelfDistiller, distill
 from tocom_hf.objectives import OBJECTIVES
@@ -150,6 +160,82 @@ def test_distilled_plugins_load_with_stock_peft(tmp_path, pixel_values):
         assert not torch.equal(model(pixel_values).logits, plain)
 
 
+def relative(plugins, other):
+    """How far what two sets add to the weights is apart, in units of what the second adds."""
+
+    def added(source):
+        composite = source.compose(0, 3, source.config.trained_scale)
+        weights = composite.factors.values()
+        return composite.scale * torch.stack([lora_B @ lora_A for lora_A, lora_B in weights])
+
+    return ((added(plugins) - added(other)).norm() / added(other).norm()).item()
+
+
+@pytest.fixture(scope="module")
+def base_plugins():
+    return distill(make_model(), Noise(), DistillationArguments(**ARGUMENTS), base_model="base")
+
+
+def finetuned():
+    """A descendant of the backbone: all its weights have moved a little."""
+    model = make_model()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * parameter.std(correction=0) * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_training_starts_from_a_set(base_plugins):
+    """What it adds to the weights, s * B A, is kept where the new training has another scale and fewer degrees."""
+    still = DistillationArguments(**{**ARGUMENTS, "learning_rate": 1e-9, "seed": 5, "scale": 0.4, "max_r": 3})
+    plugins = distill(finetuned(), Noise(), still, init_plugins=base_plugins)
+    assert relative(plugins, base_plugins) < 1e-3
+    assert plugins.config.training["init_plugins"] == {"base_model": "base", "steps": 8, "global_batch_size": 8}
+    assert relative(distill(finetuned(), Noise(), still), base_plugins) > 0.9
+
+
+@pytest.mark.parametrize("source_r", [0, 2, 4])
+def test_a_set_fitted_to_a_checkpoint_serves_it_better(base_plugins, source_r):
+    arguments = DistillationArguments(**{**ARGUMENTS, "num_train_epochs": 15}, source_r=source_r)
+    plugins = distill(finetuned(), Noise(), arguments, init_plugins=base_plugins)
+    assert plugins.config.source_r == source_r
+    images = Noise().images
+    for target_r in {0, 4} - {source_r}:
+        before, after = (
+            divergence(finetuned(), tried, images, source_r, target_r, 0.1) for tried in (base_plugins, plugins)
+        )
+        assert after < 0.8 * before
+
+
+def test_a_set_for_one_degree_of_weights_refuses_others(tmp_path, pixel_values):
+    arguments = DistillationArguments(**ARGUMENTS, source_r=2)
+    distill(make_model(), Noise(), arguments, eval_dataset=Noise(8)).save_pretrained(tmp_path)
+    plugins = PluginSet.from_pretrained(tmp_path)
+    assert repr(plugins) == "PluginSet(base_model=None, source_r=2, r=0..4, rank=2, scale=0.1)"
+    grid = plugins.config.training["agreement"]
+    assert (grid["sources"], grid["degrees"]) == ([2], [0, 1, 2, 3, 4])
+    model = TocomModel.from_pretrained(make_model(), plugins=plugins, source_r=2, target_r=4)
+    model(pixel_values)
+    with pytest.raises(DegreeError, match="distilled on a checkpoint trained at r = 2"):
+        TocomModel.from_pretrained(make_model(), plugins=plugins, source_r=0, target_r=4)
+    TocomModel.from_pretrained(make_model(), plugins=plugins, source_r=0, target_r=0)  # nothing to compensate
+
+
+def test_sets_that_cannot_be_started_from_are_refused(base_plugins):
+    model = make_model()
+    before = describe(model)
+    for settings, message in [({"rank": 3}, "rank=3"), ({"max_r": 5}, "max_r=5")]:
+        with pytest.raises(ArgumentError, match=message):
+            distill(model, Noise(), DistillationArguments(**{**ARGUMENTS, **settings}), init_plugins=base_plugins)
+    with pytest.raises(BackboneMismatchError, match="not fine-tuned from it"):
+        distill(make_model(seed=1), Noise(), DistillationArguments(**ARGUMENTS), init_plugins=base_plugins)
+    special = distill(make_model(), Noise(), DistillationArguments(**ARGUMENTS, source_r=2))
+    with pytest.raises(ArgumentError, match="with source_r=None: it was distilled for r = 2 only"):
+        distill(model, Noise(), DistillationArguments(**ARGUMENTS), init_plugins=special)
+    assert describe(model) == before
+
+
 def test_too_few_images_are_refused_before_the_model_changes():
     model = make_model()
     before = describe(model)
@@ -194,7 +280,9 @@ def test_arguments_out_of_range_are_refused(wrong):
         DistillationArguments(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"max_r": 0}, {"max_r": 2.5}, {"rank": 0}, {"rank": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"max_r": 0}, {"max_r": 2.5}, {"rank": 0}, {"rank": -1}, {"source_r": 17}, {"source_r": -1}]
+)
 def test_wrong_arguments_are_refused(wrong):
     with pytest.raises(DegreeError):
         DistillationArguments(**wrong)

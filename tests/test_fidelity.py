@@ -77,8 +77,10 @@ def test_the_summary_joins_seeds(tmp_path):
         for r in (0, 4):
             runs = [make_run(r, r, seed, 0.9), make_run(r, 4 - r, seed, 0.5, 0.7)]
             report = Report({"dataset": "x", "checkpoints": [""]}, runs, [Cost(0, 2e9), Cost(4, 1e9)])
-            report.save(run.grid(tmp_path, "count", r, seed))
-    run.tabulate({"degrees": [0, 4]}, tmp_path, tmp_path / "results", ["count", "not there"], [0, 1, 2])
+            for task in ("count", "fitted-count"):
+                report.save(run.grid(tmp_path, task, r, seed))
+    tasks = ["count", "fitted-count", "not there"]
+    run.tabulate({"degrees": [0, 4]}, tmp_path, tmp_path / "results", tasks, [0, 1, 2])
     content = json.loads((tmp_path / "results" / "count" / "grid.json").read_text())
     assert [cell["checkpoints"] for cell in content["cells"]] == [2] * 4
     moved = [cell for cell in content["cells"] if cell["source_r"] != cell["target_r"]]
@@ -87,8 +89,10 @@ def test_the_summary_joins_seeds(tmp_path):
     assert f"| {100 * share:.0f} % |" in summary
     gains = [cell["compensated"]["paper"]["gain"] for cell in moved]
     below = sum(c["compensated"]["paper"]["gain"] < -c["compensated"]["paper"]["gain_se"] for c in moved)
-    assert f"| fine-tuned | 2 | {100 * sum(gains) / 2:+.2f} ({below}) |" in summary
-    (line,) = [row for row in (tmp_path / "results" / "changes.md").read_text().splitlines() if "0 to 4" in row]
+    for group in ("fine-tuned", "fine-tuned, fitted plugins"):
+        assert f"| {group} | 2 | {100 * sum(gains) / 2:+.2f} ({below}) |" in summary
+    changes = (tmp_path / "results" / "changes.md").read_text().splitlines()
+    (line,) = [row for row in changes if row.startswith("| `count` | 0 to 4 |")]
     cell = next(cell for cell in moved if cell["source_r"] == 0)
     paper = cell["compensated"]["paper"]
     assert line.startswith(f"| `count` | 0 to 4 | {100 * cell['plain']:.1f} | {100 * cell['trained']:.1f} ")
@@ -102,6 +106,9 @@ def test_the_configurations_fit_the_scripts():
         config = json.loads(path.read_text())
         assert set(config["tasks"]) <= set(images.TASKS)
         assert max(config["degrees"]) <= config["distillation"]["max_r"]
+        shared = ("max_r", "rank", "scale")  # what a fitted set takes over from the one that it starts from
+        for name in shared if "fitting" in config else ():
+            assert config["fitting"][name] == config["distillation"][name]
         assert config["style"] in images.STYLES
         if config["model"].startswith("examples/"):
             model = AutoConfig.from_pretrained(FOLDER.parents[1] / config["model"])

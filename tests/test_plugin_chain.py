@@ -72,6 +72,16 @@ def test_layers_drop_differently():
     assert not torch.equal(downs[0], downs[1])
 
 
+def test_a_chain_takes_over_as_many_plugins_as_it_has():
+    adapters = trained(make_model()).adapters()
+    chain = PluginChain(find_backbone(make_model()), max_r=3, rank=2, scale=0.1, dropout=0.0)
+    chain.start_from(adapters)
+    for i, adapter in chain.adapters().items():
+        for path, (lora_A, lora_B) in adapter.items():
+            assert torch.equal(lora_A, adapters[i][path].lora_A)
+            assert torch.equal(lora_B, adapters[i][path].lora_B)
+
+
 def test_a_removed_chain_leaves_the_projections_as_they_were():
     model = make_model()
     before = dict(find_backbone(model).projections())

@@ -109,6 +109,8 @@ def test_unknown_keys_survive_a_round_trip(folder, tmp_path):
         (lambda f: edit_json(f / "tocom_config.json", rank="2"), "'rank' has the wrong type"),
         (lambda f: edit_json(f / "tocom_config.json", max_r=0), "max_r must be from 1"),
         (lambda f: edit_json(f / "tocom_config.json", min_r=6), "min_r < max_r"),
+        (lambda f: edit_json(f / "tocom_config.json", source_r=7), "source_r must be from min_r to max_r"),
+        (lambda f: edit_json(f / "tocom_config.json", source_r="0"), "'source_r' has the wrong type"),
         (lambda f: edit_json(f / "tocom_config.json", max_r=10**9), "max_r must be from"),
         (lambda f: edit_json(f / "tocom_config.json", merging={"proportional_attention": 1}), "true or false"),
         (lambda f: edit_json(f / "tocom_config.json", evaluation=["x"]), "'evaluation'"),

@@ -6,7 +6,7 @@ import collections
 import pytest
 
 from tocom_hf import ArgumentError
-from tocom_hf.sampling import SAMPLERS, adjacent, antithetic, find_sampler, uniform
+from tocom_hf.sampling import SAMPLERS, adjacent, antithetic, find_sampler, from_source, uniform
 
 
 def test_uniform_pairs_cover_all_ordered_pairs_alike():
@@ -29,6 +29,21 @@ def test_antithetic_steps_go_both_ways():
         [(m, n), back] = antithetic(0, step, 16)
         assert [(m, n)] == uniform(0, step, 16)
         assert back == (n, m)
+
+
+@pytest.mark.parametrize("source_r", [0, 2, 3])
+def test_with_a_source_degree_students_cover_the_others_alike(source_r):
+    sampler = find_sampler("uniform", source_r)
+    counts = collections.Counter(pair for step in range(3000) for pair in sampler(0, step, 3))
+    assert set(counts) == {(source_r, n) for n in range(4) if n != source_r}
+    assert all(abs(count - 1000) < 100 for count in counts.values())
+    assert [sampler(0, step, 3) for step in range(9)] == [from_source(source_r)(0, step, 3) for step in range(9)]
+
+
+@pytest.mark.parametrize("name", ["adjacent", "antithetic"])
+def test_samplers_of_both_degrees_take_no_source_degree(name):
+    with pytest.raises(ArgumentError, match=f"leave out degree_sampler='{name}'"):
+        find_sampler(name, 2)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -241,6 +241,16 @@ def test_other_settings_are_refused(tmp_path):
         distill(make_model(), Noise(), arguments(tmp_path))
 
 
+def test_a_run_from_another_set_is_not_gone_on_with(tmp_path):
+    first, second = (distill(make_model(), Noise(), arguments(seed=seed)) for seed in (1, 2))
+    distill(make_model(), Noise(), arguments(tmp_path), init_plugins=first)
+    resumed = arguments(tmp_path, resume_from_checkpoint="latest")
+    for other in (None, second):
+        with pytest.raises(CheckpointError, match="init_plugins:"):
+            distill(make_model(), Noise(), resumed, init_plugins=other)
+    distill(make_model(), Noise(), resumed, init_plugins=first)
+
+
 def test_machines_that_do_not_share_a_folder_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr("tocom_hf.training.gather_object", lambda found: [*found, 4])
     with pytest.raises(CheckpointError, match="a folder that all of them see"):

@@ -15,6 +15,7 @@ def agreement_sums(
     run: Run,
     agreement: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     batches: Iterable[torch.Tensor],
+    sources: Sequence[int],
     degrees: Sequence[int],
     device: torch.device,
 ) -> torch.Tensor:
@@ -24,39 +25,47 @@ def agreement_sums(
         run: Runs the model.
         agreement: Of two outputs, for each image in [0, 1].
         batches: Finished `pixel_values`.
-        degrees: The degrees m, and n.
+        sources: The degrees m of the teacher, of which all are among `degrees`.
+        degrees: The degrees n of the student.
         device: Where to sum.
 
     Returns:
-        float64 `(2, degrees + 1, degrees)`: first without the chain, then with it; rows are the teacher's degree m,
+        float64 `(2, sources + 1, degrees)`: first without the chain, then with it; rows are the teacher's degree m,
         columns the student's degree n, and the row behind the last holds the number of images.
     """
-    count = len(degrees)
-    sums = torch.zeros(2, count + 1, count, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, len(sources) + 1, len(degrees), dtype=torch.float64, device=device)
     for pixel_values in batches:
         # without a chain, the student at n is the teacher at n
-        plain = [run(pixel_values, degree, degree) for degree in degrees]
-        for i, source_r in enumerate(degrees):
+        plain = {degree: run(pixel_values, degree, degree) for degree in degrees}
+        for i, source_r in enumerate(sources):
+            teacher = plain[source_r]
             for j, target_r in enumerate(degrees):
-                with_chain = plain[i] if i == j else run(pixel_values, source_r, target_r)
-                sums[0, i, j] += agreement(plain[i], plain[j]).double().sum()
-                sums[1, i, j] += agreement(plain[i], with_chain).double().sum()
-        sums[:, count] += len(pixel_values)
+                with_chain = teacher if source_r == target_r else run(pixel_values, source_r, target_r)
+                sums[0, i, j] += agreement(teacher, plain[target_r]).double().sum()
+                sums[1, i, j] += agreement(teacher, with_chain).double().sum()
+        sums[:, -1] += len(pixel_values)
     return sums
 
 
-def agreement_grid(sums: torch.Tensor, degrees: Sequence[int]) -> dict:
-    """What `agreement_sums` counted, over all processes, as means in [0, 1]: `degrees`, `plain`, `tocom`, `images`."""
+def agreement_grid(sums: torch.Tensor, sources: Sequence[int], degrees: Sequence[int]) -> dict:
+    """What `agreement_sums` counted, over all processes: `plain` and `tocom` as means in [0, 1], with a row for each of
+    `sources` and a column for each of `degrees`; and the number of `images`."""
     means = (sums[:, :-1] / sums[:, -1:]).tolist()
     rounded = [[[round(value, 6) for value in row] for row in grid] for grid in means]
-    return {"degrees": list(degrees), "plain": rounded[0], "tocom": rounded[1], "images": int(sums[0, -1, 0].item())}
+    axes = {"sources": list(sources), "degrees": list(degrees)}
+    return {**axes, "plain": rounded[0], "tocom": rounded[1], "images": int(sums[0, -1, 0].item())}
+
+
+def grid_axes(grid: dict) -> tuple[list, list]:
+    """The degrees of the rows and of the columns of a grid. Older ones are square and name the columns only."""
+    return grid.get("sources", grid["degrees"]), grid["degrees"]
 
 
 def format_grid(grid: dict) -> str:
     """An agreement grid as a table: in each cell without and with the chain, in percent."""
-    degrees = grid["degrees"]
+    sources, degrees = grid_axes(grid)
     lines = ["teacher m \\ student n " + " ".join(f"{degree:>13}" for degree in degrees)]
-    for i, source_r in enumerate(degrees):
+    for i, source_r in enumerate(sources):
         cells = (f"{100 * grid['plain'][i][j]:6.2f}>{100 * grid['tocom'][i][j]:6.2f}" for j in range(len(degrees)))
         lines.append(f"{source_r:>21} " + " ".join(f"{cell:>13}" for cell in cells))
     return "\n".join(lines)

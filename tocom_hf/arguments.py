@@ -40,6 +40,7 @@ class DistillationArguments:
     lora_dropout: float = _argument(0.1, "Dropout probability between the two factors of a plugin.")
     objective: str = _argument("auto", f"What teacher and student agree on: auto, {' or '.join(OBJECTIVES)}.")
     proportional_attention: bool = _argument(True, "Add the log of token sizes to attention logits, as ToMe does.")
+    source_r: int | None = _argument(None, "Degree of every teacher, for a checkpoint trained at it; default: any.")
     degree_sampler: str = _argument("uniform", "How degrees are drawn: uniform, adjacent or antithetic.")
 
     num_train_epochs: int = _argument(10, "Passes over the data set. Ignored where max_steps is given.")
@@ -79,7 +80,9 @@ class DistillationArguments:
         if require_degree(self.rank, "rank") < 1:
             raise DegreeError("rank must be at least 1.")
         require_scale(self.scale)
-        find_sampler(self.degree_sampler)
+        if self.source_r is not None and require_degree(self.source_r, "source_r") > self.max_r:
+            raise DegreeError(f"source_r={self.source_r} is above max_r={self.max_r}.")
+        find_sampler(self.degree_sampler, self.source_r)
         if self.objective not in ("auto", *OBJECTIVES):
             raise ArgumentError(f"objective must be one of auto, {', '.join(OBJECTIVES)}, got {self.objective!r}.")
         for name in _POSITIVE:
@@ -120,9 +123,14 @@ class DistillationArguments:
         return {name: value for name, value in asdict(self).items() if name not in _NO_RECIPE}
 
     def degrees(self) -> list[int]:
-        """The degrees of the agreement grid."""
+        """The student's degrees in the agreement grid."""
         count = min(4, self.max_r)
-        return sorted(set(self.eval_degrees or (round(self.max_r * i / count) for i in range(count + 1))))
+        chosen = self.eval_degrees or [round(self.max_r * i / count) for i in range(count + 1)]
+        return sorted({*chosen, *([] if self.source_r is None else [self.source_r])})
+
+    def sources(self) -> list[int]:
+        """The teacher's degrees in the agreement grid."""
+        return self.degrees() if self.source_r is None else [self.source_r]
 
 
 _POSITIVE = (

@@ -11,6 +11,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from .agreement import grid_axes
 from .config import PluginSetConfig
 
 
@@ -55,6 +56,9 @@ def plugin_set_card(
         repo_id=repo_id,
         checkpoint=checkpoint or config.base_model or "path/to/a/checkpoint",
         count=config.max_r - config.min_r,
+        source_r=config.source_r,
+        use_source_r=config.min_r if config.source_r is None else config.source_r,
+        use_target_r=config.min_r if config.source_r == config.max_r else config.max_r,
         min_r=config.min_r,
         max_r=config.max_r,
         middle_r=(config.min_r + config.max_r) // 2,
@@ -66,6 +70,7 @@ def plugin_set_card(
             ("layers", facts.num_hidden_layers),
             ("hidden size", facts.hidden_size),
             ("degrees", f"{config.min_r} to {config.max_r}"),
+            *([] if config.source_r is None else [("degree of the weights", config.source_r)]),
             ("rank of a plugin", config.rank),
             ("scale in training", config.trained_scale),
             ("recommended scale", config.recommended_scale),
@@ -174,24 +179,22 @@ def _groups(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _agreement(grid: Any) -> dict[str, Any]:
     """A recorded grid as tables; one of another form is left out."""
-    degrees = grid.get("degrees") if isinstance(grid, dict) else None
-    if not isinstance(degrees, list):
+    sources, degrees = grid_axes(grid) if isinstance(grid, dict) and "degrees" in grid else (None, None)
+    if not isinstance(sources, list) or not isinstance(degrees, list):
         return {"agreement": [], "degrees": []}
     tables = []
     for key, title in (("plain", "Token merging alone"), ("tocom", "With ToCom")):
         rows = grid.get(key)
-        shares = (
-            [value for row in rows for value in row] if isinstance(rows, list) and _is_square(rows, degrees) else []
-        )
+        shares = [value for row in rows for value in row] if _is_matrix(rows, len(sources), len(degrees)) else []
         if shares and all(isinstance(value, int | float) and 0 <= value <= 1 for value in shares):
-            tables.append({"title": title, "rows": list(zip(degrees, rows, strict=True))})
+            tables.append({"title": title, "rows": list(zip(sources, rows, strict=True))})
     return {"agreement": tables, "degrees": degrees}
 
 
-def _is_square(rows: Any, degrees: list) -> bool:
-    if not isinstance(rows, list) or len(rows) != len(degrees):
+def _is_matrix(rows: Any, height: int, width: int) -> bool:
+    if not isinstance(rows, list) or len(rows) != height:
         return False
-    return all(isinstance(row, list) and len(row) == len(degrees) for row in rows)
+    return all(isinstance(row, list) and len(row) == width for row in rows)
 
 
 def _is_hub_id(name: Any, *, namespace: bool = False) -> bool:

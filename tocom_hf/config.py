@@ -80,6 +80,8 @@ class PluginSetConfig:
         base_model: Hub id or path of the backbone.
         base_model_revision: Its commit on the Hub.
         min_r, max_r: The degrees that the set covers.
+        source_r: The one degree that weights can be trained at, for a set distilled on a fine-tuned checkpoint with
+            `DistillationArguments(source_r=...)`; `None` for any.
         rank: Rank h of one plugin.
         trained_scale: The factor s during distillation.
         recommended_scale: The factor s to use; picked on held-out data, else `trained_scale`.
@@ -97,6 +99,7 @@ class PluginSetConfig:
     base_model_revision: str | None = None
     min_r: int = 0
     max_r: int = 16
+    source_r: int | None = None
     rank: int = 2
     trained_scale: float = 0.1
     recommended_scale: float = 0.1
@@ -139,6 +142,10 @@ class PluginSetConfig:
                 raise PluginFileError(f"{path}: {name} must be from {low} to {high}, found {numbers[name]!r:.50}.")
         if values["min_r"] >= values["max_r"]:
             raise PluginFileError(f"{path}: expected min_r < max_r, found {values['min_r']} and {values['max_r']}.")
+        if values["source_r"] is not None and not values["min_r"] <= values["source_r"] <= values["max_r"]:
+            raise PluginFileError(
+                f"{path}: source_r must be from min_r to max_r, or null for any, found {values['source_r']!r:.50}."
+            )
         if not isinstance(values["merging"].get("proportional_attention", True), bool):
             raise PluginFileError(f"{path}: merging.proportional_attention must be true or false.")
         if not all(isinstance(entry, dict) for entry in values["evaluation"]):
@@ -157,11 +164,11 @@ _BACKBONE_TYPES = {
     "image_size": object, "sketch": list,
 }  # fmt: skip
 _CONFIG_TYPES = {
-    "base_model": _OPTIONAL_TEXT, "base_model_revision": _OPTIONAL_TEXT, "min_r": int, "max_r": int, "rank": int,
-    "trained_scale": _NUMBER, "recommended_scale": _NUMBER, "merging": dict, "training": dict, "evaluation": list,
-    "license": _OPTIONAL_TEXT,
+    "base_model": _OPTIONAL_TEXT, "base_model_revision": _OPTIONAL_TEXT, "min_r": int, "max_r": int,
+    "source_r": (int, type(None)), "rank": int, "trained_scale": _NUMBER, "recommended_scale": _NUMBER, "merging": dict,
+    "training": dict, "evaluation": list, "license": _OPTIONAL_TEXT,
 }  # fmt: skip
-_OPTIONAL: dict[str, Any] = {"evaluation": [], "license": None}  # keys that older files lack
+_OPTIONAL: dict[str, Any] = {"source_r": None, "evaluation": [], "license": None}  # keys that older files lack
 _RANGES = {
     "hidden_size": (1, _LIMIT), "num_hidden_layers": (1, _LIMIT), "num_attention_heads": (1, _LIMIT),
     "min_r": (0, _LIMIT), "max_r": (1, _LIMIT), "rank": (1, _LIMIT), "trained_scale": (-1e6, 1e6),

@@ -7,6 +7,7 @@ when the degree moves.
 """
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from .agreement import format_grid
 from .architectures import Backbone, find_backbone
 from .arguments import PRESETS, DistillationArguments
+from .composition import Adapter, Factors
 from .config import BackboneFacts, PluginSetConfig
 from .devices import describe_device
 from .errors import ArgumentError, DatasetError, UnsupportedModelError
@@ -42,6 +44,7 @@ def distill(
     accelerator: Accelerator | None = None,
     *,
     eval_dataset: Dataset | None = None,
+    init_plugins: PluginSet | None = None,
     base_model: str | None = None,
     base_model_revision: str | None = None,
     training_facts: dict | None = None,
@@ -60,6 +63,8 @@ def distill(
         args: How to train.
         accelerator: Where to train; by default a new one. Trackers that it has are logged to.
         eval_dataset: Images for the agreement grid that is recorded at the end: like `dataset`, and not part of it.
+        init_plugins: The set to start from instead of plugins that change nothing, of the same backbone and rank. With
+            `args.source_r` that fits the set of a pre-trained backbone to one checkpoint fine-tuned from it.
         base_model: Hub id or path of the backbone, for the set's configuration.
         base_model_revision: Its commit.
         training_facts: More facts to record in the set's configuration, such as the data set's name.
@@ -69,8 +74,10 @@ def distill(
 
     Raises:
         UnsupportedModelError: if the architecture is not supported, or lacks what the objective compares.
+        BackboneMismatchError: if `init_plugins` belongs to another backbone.
         DatasetError: if the data set has fewer images than one step needs.
-        ArgumentError: if arguments contradict each other or the data set.
+        ArgumentError: if arguments contradict each other, the data set, or `init_plugins`.
+        PluginFileError: if a plugin of `init_plugins` cannot be read.
         CheckpointError: if the run cannot go on from its checkpoints.
         DistillationError: if the loss stays infinite or NaN.
         DistillationInterrupted: if the run was told to stop; it has written a checkpoint if there is an `output_dir`.
@@ -96,15 +103,17 @@ def distill(
         raise UnsupportedModelError("The model merges tokens already. Call remove_tome(model) before distilling.")
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     steps = _count_steps(dataset, args, global_batch)
+    start = None if init_plugins is None else _starting_plugins(init_plugins, backbone, args)
     resume = find_checkpoint(args.output_dir, args.resume_from_checkpoint) if args.output_dir is not None else None
 
     torch.manual_seed(args.seed)
     facts = BackboneFacts.of(backbone)
+    run_facts = {"model": list(facts.sketch), "init_plugins": None if start is None else _digest(start)}
     with _prepared(model, backbone, args) as plugin_chain:
+        if start is not None:
+            plugin_chain.start_from(start)
         distiller = SelfDistiller(model, plugin_chain, objective, accelerator, args.proportional_attention)
-        training = Training(
-            distiller, dataset, args, accelerator, global_batch, steps, {"model": list(facts.sketch)}, eval_dataset
-        )
+        training = Training(distiller, dataset, args, accelerator, global_batch, steps, run_facts, eval_dataset)
         figures = training.run(resume)
     num_images = None if is_stream(dataset) else len(dataset)
     config = PluginSetConfig(
@@ -112,6 +121,7 @@ def distill(
         base_model=base_model,
         base_model_revision=base_model_revision,
         max_r=args.max_r,
+        source_r=args.source_r,
         rank=args.rank,
         trained_scale=args.scale,
         recommended_scale=args.scale,
@@ -125,6 +135,7 @@ def distill(
             "mixed_precision": accelerator.mixed_precision,
             "hardware": describe_device(accelerator.device),
             "num_images": num_images,
+            "init_plugins": None if init_plugins is None else _origin(init_plugins),
             **figures,
             **(training_facts or {}),
         },
@@ -264,6 +275,46 @@ def _count_steps(dataset: Any, args: DistillationArguments, global_batch: int) -
             "RandAugment needs images that are not normalised yet: pass TrainingImages, whose samples are uint8."
         )
     return args.max_steps or count // global_batch * args.num_train_epochs
+
+
+def _starting_plugins(plugins: PluginSet, backbone: Backbone, args: DistillationArguments) -> dict[int, Adapter]:
+    """The plugins of a set to train on, all read, with what they add to a weight kept at the scale to train with."""
+    config = plugins.config
+    plugins.check_backbone(backbone)
+    if config.rank != args.rank or config.min_r != 0 or config.max_r < args.max_r:
+        raise ArgumentError(
+            f"Cannot start from {plugins} with max_r={args.max_r} and rank={args.rank}. Choose the set's rank and a "
+            "max_r within its degrees, which must begin at 0."
+        )
+    if config.source_r not in (None, args.source_r):
+        raise ArgumentError(
+            f"Cannot start from {plugins} with source_r={args.source_r}: it was distilled for r = {config.source_r} "
+            "only."
+        )
+    if not args.scale:
+        raise ArgumentError("With scale=0 the plugins of a set have no effect, so there is nothing to start from.")
+    factor = config.trained_scale / args.scale
+    return {
+        i: {path: Factors(lora_A, lora_B * factor) for path, (lora_A, lora_B) in plugins.adapter(i).items()}
+        for i in range(args.max_r)
+    }
+
+
+def _digest(adapters: dict[int, Adapter]) -> str:
+    """Tells one starting point from another."""
+    digest = hashlib.sha256()
+    for adapter in adapters.values():
+        for path in sorted(adapter):
+            for factor in adapter[path]:
+                digest.update(factor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _origin(plugins: PluginSet) -> dict[str, Any]:
+    """What to record of the set that a training started from."""
+    names = ("dataset", "steps", "global_batch_size")
+    recorded = {name: plugins.config.training[name] for name in names if name in plugins.config.training}
+    return {"base_model": plugins.config.base_model, **recorded}
 
 
 def _check_accelerator(accelerator: Accelerator) -> None:

@@ -2,6 +2,7 @@
 """Plugins in training: all of them beside the frozen projections of a model, of which a step uses a signed slice."""
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .architectures import Backbone
-from .composition import Factors, chain
+from .composition import Adapter, Factors, chain
 from .keyed_random import fold, keep_mask
 
 
@@ -71,6 +72,16 @@ class PluginChain(nn.Module):
         for layer in self._layers():
             layer.active = ActiveChain(rows, sign * self.scale, keys) if sign else None
             layer.shared = None
+
+    @torch.no_grad()
+    def start_from(self, adapters: Mapping[int, Adapter]) -> None:
+        """Take over plugins: one for each of the chain, by index, of its rank and for its scale."""
+        for i in range(self.max_r):
+            rows = slice(i * self.rank, (i + 1) * self.rank)
+            for layer, paths in zip(self._layers(), self.paths, strict=True):
+                for part, path in enumerate(paths):
+                    layer.lora_A[part, rows] = adapters[i][path].lora_A.to(layer.lora_A)
+                    layer.lora_B[part, rows] = adapters[i][path].lora_B.t().to(layer.lora_B)
 
     def adapters(self) -> dict[int, dict[str, Factors]]:
         """The plugins by index, as float32 copies on the CPU."""

@@ -56,9 +56,10 @@ class PluginSet:
 
     def __repr__(self) -> str:
         config = self.config
+        source = "" if config.source_r is None else f"source_r={config.source_r}, "
         return (
-            f"PluginSet(base_model={config.base_model!r}, r={config.min_r}..{config.max_r}, rank={config.rank}, "
-            f"scale={config.recommended_scale})"
+            f"PluginSet(base_model={config.base_model!r}, {source}r={config.min_r}..{config.max_r}, "
+            f"rank={config.rank}, scale={config.recommended_scale})"
         )
 
     @classmethod
@@ -123,12 +124,19 @@ class PluginSet:
             The composite. `save_composite` writes it as one ordinary PEFT adapter.
 
         Raises:
-            DegreeError: if a degree is not an integer that the set covers, or the scale is not a number.
+            DegreeError: if a degree is not an integer that the set covers, the set is for weights of another degree
+                only, or the scale is not a number.
             PluginFileError: if a plugin between the two cannot be read.
         """
         config = self.config
         source_r = require_in_range(source_r, "source_r", config.min_r, config.max_r)
         target_r = require_in_range(target_r, "target_r", config.min_r, config.max_r)
+        if config.source_r not in (None, source_r) and source_r != target_r:
+            raise DegreeError(
+                f"source_r={source_r}, but the plugin set was distilled on a checkpoint trained at "
+                f"r = {config.source_r} and fits no other. Use the set of its pre-trained backbone, or distil one with "
+                f"DistillationArguments(source_r={source_r}) on this checkpoint."
+            )
         scale = config.recommended_scale if scale is None else require_scale(scale)
         indices, _ = chain(source_r, target_r)
         adapters = [self.adapter(index) for index in indices]

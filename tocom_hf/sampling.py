@@ -27,6 +27,19 @@ def uniform(seed: int, step: int, max_r: int) -> list[DegreePair]:
     return [(first, second + (second >= first))]
 
 
+def from_source(source_r: int) -> DegreeSampler:
+    """A sampler whose teacher always runs at one degree, and whose student at each other one equally often.
+
+    Of a checkpoint that was fine-tuned at `source_r`, no other pair is ever asked for.
+    """
+
+    def sampler(seed: int, step: int, max_r: int) -> list[DegreePair]:
+        target_r = _integer(_generator(seed, step), max_r)
+        return [(source_r, target_r + (target_r >= source_r))]
+
+    return sampler
+
+
 def adjacent(seed: int, step: int, max_r: int) -> list[DegreePair]:
     """One ordered pair that is the likelier the closer its degrees are: the distance d has a weight of `1 / d`.
 
@@ -49,15 +62,19 @@ def antithetic(seed: int, step: int, max_r: int) -> list[DegreePair]:
 SAMPLERS: dict[str, DegreeSampler] = {"uniform": uniform, "adjacent": adjacent, "antithetic": antithetic}
 
 
-def find_sampler(name: str) -> DegreeSampler:
-    """The sampler of a name.
+def find_sampler(name: str, source_r: int | None = None) -> DegreeSampler:
+    """The sampler of a name, or the one for teachers that all run at `source_r`.
 
     Raises:
-        ArgumentError: if there is none.
+        ArgumentError: if there is none of that name, or `source_r` is given to one that draws both degrees.
     """
     if name not in SAMPLERS:
         raise ArgumentError(f"degree_sampler must be one of {', '.join(SAMPLERS)}, got {name!r}.")
-    return SAMPLERS[name]
+    if source_r is None:
+        return SAMPLERS[name]
+    if name != "uniform":
+        raise ArgumentError(f"With source_r the other degree is drawn uniformly: leave out degree_sampler={name!r}.")
+    return from_source(source_r)
 
 
 def _generator(seed: int, step: int) -> torch.Generator:

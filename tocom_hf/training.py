@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .agreement import agreement_grid, agreement_sums
+from .agreement import agreement_grid, agreement_sums, grid_axes
 from .arguments import DistillationArguments
 from .errors import CheckpointError, DistillationError, DistillationInterrupted
 from .sampling import find_sampler
@@ -133,19 +133,20 @@ class Training:
         count = len(self.eval_dataset) // processes * processes  # type: ignore[arg-type]
         own = range(self.accelerator.process_index, count, processes)
         loader = DataLoader(Subset(self.eval_dataset, list(own)), batch_size=self.args.per_device_train_batch_size)  # type: ignore[arg-type]
-        device, degrees = self.accelerator.device, self.args.degrees()
+        device, sources, degrees = self.accelerator.device, self.args.sources(), self.args.degrees()
         keys = torch.zeros(self.args.per_device_train_batch_size, dtype=torch.long, device=device)
         batches = (
             augmentation(pixels := batch["pixel_values"].to(device), keys[: len(pixels)], self.mean, self.std)
             for batch in loader
         )
         with self.accelerator.autocast():
-            sums = agreement_sums(self.distiller.run, self.distiller.objective.agreement, batches, degrees, device)
+            agreement = self.distiller.objective.agreement
+            sums = agreement_sums(self.distiller.run, agreement, batches, sources, degrees, device)
         self.distiller.plugins.train()
-        return agreement_grid(self.accelerator.reduce(sums, "sum"), degrees)
+        return agreement_grid(self.accelerator.reduce(sums, "sum"), sources, degrees)
 
     def _train(self, batches: Iterator, loader: TrainingLoader, stop: "_StopSignal", bar: tqdm) -> None:
-        args, sampler = self.args, find_sampler(self.args.degree_sampler)
+        args, sampler = self.args, find_sampler(self.args.degree_sampler, self.args.source_r)
         in_a_row, since, logged = 0, time.perf_counter(), self.step
         while self.step < self.steps:
             pairs = sampler(args.seed, self.step, args.max_r)
@@ -256,8 +257,10 @@ class Training:
 
     def _log_agreement(self) -> None:
         grid = self.measure_agreement()
+        sources, degrees = grid_axes(grid)
         for name in ("plain", "tocom"):
-            off_diagonal = [value for i, row in enumerate(grid[name]) for j, value in enumerate(row) if i != j]
+            rows = zip(sources, grid[name], strict=True)
+            off_diagonal = [value for m, row in rows for n, value in zip(degrees, row, strict=True) if m != n]
             self.accelerator.log({f"agreement/{name}": sum(off_diagonal) / len(off_diagonal)}, step=self.step)
 
     def _save(self, stream_state: StreamState) -> None:

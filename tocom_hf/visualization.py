@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .agreement import grid_axes
 from .errors import UnsupportedInputError
 
 
@@ -95,14 +96,14 @@ def plot_agreement(grid: dict) -> "Figure":
     """Heat maps of an agreement grid: without the chain, with it, and what the chain changes.
 
     Args:
-        grid: `degrees`, `plain` and `tocom`, as a plugin set's configuration records them.
+        grid: `sources`, `degrees`, `plain` and `tocom`, as a plugin set's configuration records them.
 
     Returns:
         A matplotlib figure.
     """
     from matplotlib.figure import Figure
 
-    degrees = grid["degrees"]
+    sources, degrees = grid_axes(grid)
     plain, tocom = (100 * np.array(grid[name]) for name in ("plain", "tocom"))
     change = tocom - plain
     low, limit = min(plain.min(), tocom.min()), max(abs(change).max(), 1e-6)
@@ -116,7 +117,7 @@ def plot_agreement(grid: dict) -> "Figure":
         figure.colorbar(axis.imshow(values, **colours), ax=axis, shrink=0.8)
         axis.set(title=title, xlabel="student's degree n", ylabel="teacher's degree m")
         axis.set_xticks(range(len(degrees)), degrees)
-        axis.set_yticks(range(len(degrees)), degrees)
+        axis.set_yticks(range(len(sources)), sources)
         middle = (colours["vmin"] + colours["vmax"]) / 2
         for i, j in np.ndindex(values.shape):
             dark = values[i, j] < middle if title != "difference" else abs(values[i, j]) > 0.7 * limit

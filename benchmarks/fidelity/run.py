@@ -5,8 +5,9 @@
     python benchmarks/fidelity/run.py --config ... --output_dir ... --stages finetune evaluate --tasks digits --seeds 1
 
 Stages: `data` makes the images, `base` stores the backbone with an image processor of the study's size, `distil` makes
-the plugin set, `finetune` the checkpoints, `evaluate` the grid of each task, `arithmetic` the evidence of eq. 1,
-`tabulate` the tables and plots. The work is done by the scripts in `examples/`, whose commands are printed.
+the plugin set, `finetune` the checkpoints, `fit` a plugin set for each of these from its training images without
+labels, `evaluate` the grid of each task, `arithmetic` the evidence of eq. 1, `tabulate` the tables and plots. The work
+is done by the scripts in `examples/`, whose commands are printed.
 """
 
 import argparse
@@ -33,8 +34,9 @@ from tocom_hf.reports import Report, gap_closed
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
 LINEAR = "linear-"  # before the name of a task: a linear head on the frozen backbone instead of fine-tuning
+FITTED = "fitted-"  # before the name of a task: the same checkpoints, each with a plugin set fitted to it
 METHODS = ("paper", "wide", "unlabelled")  # what picked the scale
-STAGES = ("data", "base", "distil", "finetune", "evaluate", "arithmetic", "tabulate")
+STAGES = ("data", "base", "distil", "finetune", "fit", "evaluate", "arithmetic", "tabulate")
 
 
 def parse_args() -> argparse.Namespace:
@@ -130,6 +132,23 @@ def finetune(config: dict, root: Path, task: str, source_r: int, seed: int) -> N
     part.rename(folder)
 
 
+def fit(config: dict, root: Path, task: str, source_r: int, seed: int) -> None:
+    """The plugin set, distilled further on one checkpoint at its own degree."""
+    folder = plugins_folder(root, task, source_r, seed)
+    if (folder / CONFIG_NAME).exists():
+        return
+    run(
+        "distill.py",
+        model_name_or_path=checkpoint(root, task, source_r, seed),
+        dataset_name=data_folder(root, task) / "train.parquet",
+        init_plugins=root / "plugins",
+        source_r=source_r,
+        output_dir=folder,
+        mixed_precision=config["precision"],
+        **config["fitting"],
+    )
+
+
 def evaluate(config: dict, root: Path, task: str, source_r: int, seed: int) -> None:
     """One row of the grid. Rows are joined by `tabulate`, from what every checkpoint made of every image."""
     folder = grid(root, task, source_r, seed)
@@ -138,7 +157,7 @@ def evaluate(config: dict, root: Path, task: str, source_r: int, seed: int) -> N
     run(
         "evaluate.py",
         checkpoints=checkpoint(root, task, source_r, seed),
-        plugins=root / "plugins",
+        plugins=plugins_folder(root, task, source_r, seed),
         dataset_name=data_folder(root, task),
         target_r=config["degrees"],
         scales=config["scales"],
@@ -189,7 +208,7 @@ def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: l
         lines.append(summary_line(task, max(cell.checkpoints for cell in joined.cells), joined.cells))
         moved = [cell for cell in joined.cells if cell.compensated]
         changes += [change_line(task, cell) for cell in moved]
-        groups.setdefault("heads" if task.startswith(LINEAR) else "fine-tuned", []).extend(moved)
+        groups.setdefault(group_name(task), []).extend(moved)
         print(f"{task}\n{joined.markdown()}\n", flush=True)
     lines += [
         "",
@@ -239,6 +258,12 @@ def change_line(task: str, cell: Cell) -> str:
     return f"| `{task}` | {cell.source_r} to {cell.target_r} | {' | '.join(texts)} |"
 
 
+def group_name(task: str) -> str:
+    if task.startswith(LINEAR):
+        return "heads"
+    return "fine-tuned, fitted plugins" if task.startswith(FITTED) else "fine-tuned"
+
+
 def group_line(name: str, cells: list[Cell]) -> str:
     """Mean gain over plain, in points, and how often a method does harm, over the cells off the diagonal."""
     texts = [name, str(len(cells))]
@@ -255,11 +280,19 @@ def mean(values) -> float:
 
 
 def data_folder(root: Path, task: str) -> Path:
-    return root / "data" / task.removeprefix(LINEAR)
+    return root / "data" / task.removeprefix(LINEAR).removeprefix(FITTED)
 
 
 def checkpoint(root: Path, task: str, source_r: int, seed: int) -> Path:
-    return root / "checkpoints" / task / f"r{source_r}-seed{seed}"
+    return root / "checkpoints" / task.removeprefix(FITTED) / f"r{source_r}-seed{seed}"
+
+
+def plugins_folder(root: Path, task: str, source_r: int, seed: int) -> Path:
+    return (
+        root / "fitted" / task.removeprefix(FITTED) / f"r{source_r}-seed{seed}"
+        if task.startswith(FITTED)
+        else root / "plugins"
+    )
 
 
 def grid(root: Path, task: str, source_r: int, seed: int) -> Path:
@@ -281,7 +314,8 @@ def main() -> None:
     args = parse_args()
     config, root = json.loads(args.config.read_text(encoding="utf-8")), args.output_dir
     config["degrees"] = args.degrees or config["degrees"]
-    tasks = [name for task in config["tasks"] for name in (*([LINEAR + task] if config.get("linear") else []), task)]
+    prefixes = [*([LINEAR] if config.get("linear") else []), "", *([FITTED] if "fitting" in config else [])]
+    tasks = [prefix + task for task in config["tasks"] for prefix in prefixes]
     tasks, seeds = args.tasks or tasks, args.seeds or config["seeds"]
     model = args.model or config["model"]
     if "data" in args.stages:
@@ -295,8 +329,10 @@ def main() -> None:
             for source_r in args.source_r or config["degrees"]:
                 if task.startswith(LINEAR) and seed != config["seeds"][0]:
                     continue  # nothing about them is random
-                if "finetune" in args.stages:
+                if "finetune" in args.stages and not task.startswith(FITTED):
                     finetune(config, root, task, source_r, seed)
+                if "fit" in args.stages and task.startswith(FITTED):
+                    fit(config, root, task, source_r, seed)
                 if "evaluate" in args.stages:
                     evaluate(config, root, task, source_r, seed)
     results = args.results_dir or root / "results"
