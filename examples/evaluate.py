@@ -38,7 +38,12 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         help="Degree of each checkpoint that does not record it; one value is for all.",
     )
-    parser.add_argument("--plugins", help="Hub id or folder of the plugin set. Default: plain merging only.")
+    parser.add_argument(
+        "--plugins",
+        nargs="+",
+        default=[],
+        help="Hub id or folder of the plugin set, or of one for each checkpoint. Default: plain merging only.",
+    )
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--dataset_config_name", help="Configuration of a Hub data set.")
     parser.add_argument("--validation_split", default="validation", help="Where the scale is picked.")
@@ -68,33 +73,44 @@ def load_split(args: argparse.Namespace, split: str):
     return dataset
 
 
+def for_each(checkpoints: list, values: list, option: str) -> list:
+    """One value for each checkpoint, from one for all or one for each."""
+    if len(values) not in (1, len(checkpoints)):
+        raise ArgumentError(
+            f"There are {len(checkpoints)} checkpoints and {len(values)} values of {option}; give one for all or one "
+            "for each."
+        )
+    return values * len(checkpoints) if len(values) == 1 else values
+
+
 def main() -> None:
     args = parse_args()
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     degrees = sorted(set(args.target_r))
-    source_rs = args.source_r or [None]
-    if len(source_rs) not in (1, len(args.checkpoints)):
-        raise ArgumentError(
-            f"There are {len(args.checkpoints)} checkpoints and {len(source_rs)} values of --source_r; give one for "
-            "all or one for each."
-        )
-    source_rs = source_rs * len(args.checkpoints) if len(source_rs) == 1 else source_rs
+    source_rs = for_each(args.checkpoints, args.source_r or [None], "--source_r")
+    sets = {name: PluginSet.from_pretrained(name) for name in args.plugins}
+    plugins = for_each(args.checkpoints, [sets[name] for name in args.plugins] or [None], "--plugins")
 
     with accelerator.main_process_first():
         test = load_split(args, args.test_split)
         validation = load_split(args, args.validation_split) if args.plugins else None
     if validation is not None and args.validation_split.partition("[")[0] == args.test_split.partition("[")[0]:
         require_disjoint(validation, test)
-    plugins = PluginSet.from_pretrained(args.plugins) if args.plugins else None
-
-    runs, costs = [], []
-    for checkpoint, source_r in zip(args.checkpoints, source_rs, strict=True):
-        model = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=source_r, dtype=torch.float32)
-        labels = max(test["label"])
+    models = [
+        TocomModel.from_pretrained(checkpoint, plugins=own, source_r=source_r, dtype=torch.float32)
+        for checkpoint, own, source_r in zip(args.checkpoints, plugins, source_rs, strict=True)
+    ]
+    labels = max(test["label"])
+    for checkpoint, model in zip(args.checkpoints, models, strict=True):  # before the first of them runs
         if labels >= model.config.num_labels:
             raise DatasetError(
                 f"The test split has the label {labels}, but {checkpoint} knows {model.config.num_labels} classes."
             )
+        for degree in degrees if model.plugins is not None else ():
+            model.plugins.compose(model.source_r, degree)
+
+    runs, costs = [], []
+    for checkpoint, model in zip(args.checkpoints, models, strict=True):
         processor = AutoImageProcessor.from_pretrained(checkpoint)
         processed = [data and with_pixel_values(data, processor, label_column="label") for data in (test, validation)]
         runs += evaluate_checkpoint(
@@ -112,6 +128,7 @@ def main() -> None:
             with accelerator.autocast(), torch.no_grad():
                 pixel_values = batch["pixel_values"].to(accelerator.device)
                 costs = measure_costs(model, degrees, pixel_values, args.speed_rounds)
+        model.to("cpu")
         for run in runs[-len(degrees) :]:
             picked = "".join(f", scale {s:g} {run.at_scale[s].double().mean():.2%}" for s in set(run.picked.values()))
             accelerator.print(
@@ -123,7 +140,7 @@ def main() -> None:
             "test": f"{args.test_split}, {len(test)} images",
             "validation": f"{args.validation_split}, {len(validation)} images" if validation is not None else None,
             "checkpoints": [Path(checkpoint).name for checkpoint in args.checkpoints],
-            "plugins": args.plugins and Path(args.plugins).name,
+            "plugins": ", ".join(Path(name).name for name in args.plugins) or None,
             "scales": list(args.scales),
             "precision": accelerator.mixed_precision,
             "batch_size": args.per_device_eval_batch_size,

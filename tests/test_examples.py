@@ -264,6 +264,13 @@ def test_model_arithmetic_adds_the_difference_of_two_models(tmp_path):
         ("evaluate", ["--source_r", "0", "4"], "ArgumentError: There are 1 checkpoints and 2 values of --source_r"),
         (
             "evaluate",
+            ["--plugins", PLUGINS, PLUGINS],
+            "ArgumentError: There are 1 checkpoints and 2 values of --plugins",
+        ),
+        ("distill", ["--init_plugins", PLUGINS], "ArgumentError: Cannot start from .* with max_r=16 and rank=2"),
+        ("distill", ["--source_r", "17"], "DegreeError: source_r=17 is above max_r=16"),
+        (
+            "evaluate",
             ["--validation_split", "test[:20]"],
             "20 images are in the validation split and in the test split",
         ),

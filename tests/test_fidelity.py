@@ -99,6 +99,16 @@ def test_the_summary_joins_seeds(tmp_path):
     assert f"| {100 * paper['gain']:+.1f} ± {100 * paper['gain_se']:.1f} |" in line
 
 
+def test_settings_override_the_configuration():
+    import run
+
+    config = {"finetuning": {"learning_rate": 3e-3, "num_train_epochs": 15}, "seeds": [0, 1]}
+    run.override(config, ["finetuning.learning_rate=1e-3", "seeds=[2]"])
+    assert config == {"finetuning": {"learning_rate": 1e-3, "num_train_epochs": 15}, "seeds": [2]}
+    with pytest.raises(SystemExit, match=r"no finetuning\.rate"):
+        run.override(config, ["finetuning.rate=1"])
+
+
 def test_the_configurations_fit_the_scripts():
     import images
 

@@ -101,9 +101,9 @@ def distill(
     backbone, objective = find_backbone(model), find_objective(args.objective, model)
     if get_schedule(model) is not None:
         raise UnsupportedModelError("The model merges tokens already. Call remove_tome(model) before distilling.")
+    start = None if init_plugins is None else _starting_plugins(init_plugins, backbone, args)
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     steps = _count_steps(dataset, args, global_batch)
-    start = None if init_plugins is None else _starting_plugins(init_plugins, backbone, args)
     resume = find_checkpoint(args.output_dir, args.resume_from_checkpoint) if args.output_dir is not None else None
 
     torch.manual_seed(args.seed)

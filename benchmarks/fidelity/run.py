@@ -49,8 +49,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", help="Only these seeds.")
     parser.add_argument("--degrees", type=int, nargs="+", help="Only these degrees, as source and as target.")
     parser.add_argument("--source_r", type=int, nargs="+", help="Only checkpoints of these degrees.")
+    parser.add_argument(
+        "--set", nargs="+", default=[], help="Other values than the configuration's: finetuning.learning_rate=1e-3."
+    )
     parser.add_argument("--results_dir", type=Path, help="Where tables and plots go; default: OUTPUT_DIR/results.")
     return parser.parse_args()
+
+
+def override(config: dict, settings: list[str]) -> None:
+    """Change entries of a configuration: `finetuning.learning_rate=1e-3`."""
+    for setting in settings:
+        path, _, value = setting.partition("=")
+        *parents, name = path.split(".")
+        part = config
+        for parent in parents:
+            part = part[parent]
+        if name not in part:
+            raise SystemExit(f"The configuration has no {path}.")
+        part[name] = json.loads(value)
 
 
 def make_data(config: dict, folder: Path, tasks: list[str]) -> None:
@@ -313,6 +329,7 @@ def run(script: str | Path, **arguments: Any) -> None:
 def main() -> None:
     args = parse_args()
     config, root = json.loads(args.config.read_text(encoding="utf-8")), args.output_dir
+    override(config, args.set)
     config["degrees"] = args.degrees or config["degrees"]
     prefixes = [*([LINEAR] if config.get("linear") else []), "", *([FITTED] if "fitting" in config else [])]
     tasks = [prefix + task for task in config["tasks"] for prefix in prefixes]
