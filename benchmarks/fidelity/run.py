@@ -275,9 +275,8 @@ def change_line(task: str, cell: Cell) -> str:
 
 
 def group_name(task: str) -> str:
-    if task.startswith(LINEAR):
-        return "heads"
-    return "fine-tuned, fitted plugins" if task.startswith(FITTED) else "fine-tuned"
+    name = "heads" if task.removeprefix(FITTED).startswith(LINEAR) else "fine-tuned"
+    return f"{name}, fitted plugins" if task.startswith(FITTED) else name
 
 
 def group_line(name: str, cells: list[Cell]) -> str:
@@ -296,7 +295,7 @@ def mean(values) -> float:
 
 
 def data_folder(root: Path, task: str) -> Path:
-    return root / "data" / task.removeprefix(LINEAR).removeprefix(FITTED)
+    return root / "data" / task.removeprefix(FITTED).removeprefix(LINEAR)
 
 
 def checkpoint(root: Path, task: str, source_r: int, seed: int) -> Path:
@@ -331,8 +330,9 @@ def main() -> None:
     config, root = json.loads(args.config.read_text(encoding="utf-8")), args.output_dir
     override(config, args.set)
     config["degrees"] = args.degrees or config["degrees"]
-    prefixes = [*([LINEAR] if config.get("linear") else []), "", *([FITTED] if "fitting" in config else [])]
-    tasks = [prefix + task for task in config["tasks"] for prefix in prefixes]
+    models = [LINEAR, ""] if config.get("linear") else [""]
+    sets = ["", FITTED] if "fitting" in config else [""]
+    tasks = [plugins + model + task for task in config["tasks"] for model in models for plugins in sets]
     tasks, seeds = args.tasks or tasks, args.seeds or config["seeds"]
     model = args.model or config["model"]
     if "data" in args.stages:
@@ -344,7 +344,7 @@ def main() -> None:
     for seed in seeds:
         for task in tasks:
             for source_r in args.source_r or config["degrees"]:
-                if task.startswith(LINEAR) and seed != config["seeds"][0]:
+                if task.removeprefix(FITTED).startswith(LINEAR) and seed != config["seeds"][0]:
                     continue  # nothing about them is random
                 if "finetune" in args.stages and not task.startswith(FITTED):
                     finetune(config, root, task, source_r, seed)
