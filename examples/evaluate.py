@@ -96,12 +96,15 @@ def main() -> None:
         validation = load_split(args, args.validation_split) if args.plugins else None
     if validation is not None and args.validation_split.partition("[")[0] == args.test_split.partition("[")[0]:
         require_disjoint(validation, test)
-    models = [
-        TocomModel.from_pretrained(checkpoint, plugins=own, source_r=source_r, dtype=torch.float32)
-        for checkpoint, own, source_r in zip(args.checkpoints, plugins, source_rs, strict=True)
-    ]
+
+    def load(index: int) -> TocomModel:
+        return TocomModel.from_pretrained(
+            args.checkpoints[index], plugins=plugins[index], source_r=source_rs[index], dtype=torch.float32
+        )
+
     labels = max(test["label"])
-    for checkpoint, model in zip(args.checkpoints, models, strict=True):  # before the first of them runs
+    for index, checkpoint in enumerate(args.checkpoints):  # before the first of them runs; one at a time in memory
+        model = load(index)
         if labels >= model.config.num_labels:
             raise DatasetError(
                 f"The test split has the label {labels}, but {checkpoint} knows {model.config.num_labels} classes."
@@ -110,7 +113,8 @@ def main() -> None:
             model.plugins.compose(model.source_r, degree)
 
     runs, costs = [], []
-    for checkpoint, model in zip(args.checkpoints, models, strict=True):
+    for index, checkpoint in enumerate(args.checkpoints):
+        model = load(index)
         processor = AutoImageProcessor.from_pretrained(checkpoint)
         processed = [data and with_pixel_values(data, processor, label_column="label") for data in (test, validation)]
         runs += evaluate_checkpoint(
@@ -128,7 +132,6 @@ def main() -> None:
             with accelerator.autocast(), torch.no_grad():
                 pixel_values = batch["pixel_values"].to(accelerator.device)
                 costs = measure_costs(model, degrees, pixel_values, args.speed_rounds)
-        model.to("cpu")
         for run in runs[-len(degrees) :]:
             picked = "".join(f", scale {s:g} {run.at_scale[s].double().mean():.2%}" for s in set(run.picked.values()))
             accelerator.print(

@@ -233,7 +233,21 @@ def test_sets_that_cannot_be_started_from_are_refused(base_plugins):
     special = distill(make_model(), Noise(), DistillationArguments(**ARGUMENTS, source_r=2))
     with pytest.raises(ArgumentError, match="with source_r=None: it was distilled for r = 2 only"):
         distill(model, Noise(), DistillationArguments(**ARGUMENTS), init_plugins=special)
+    unproportional = DistillationArguments(**ARGUMENTS, proportional_attention=False)
+    with pytest.raises(ArgumentError, match="proportional_attention=False: it was distilled with True"):
+        distill(model, Noise(), unproportional, init_plugins=base_plugins)
     assert describe(model) == before
+
+
+def test_the_degree_that_a_checkpoint_records_is_the_teachers(caplog):
+    model = make_model()
+    model.config.tocom = {"source_r": 3}
+    with pytest.raises(DegreeError, match=r"source_r=2 contradicts the checkpoint.* records source_r=3"):
+        distill(model, Noise(), DistillationArguments(**ARGUMENTS, source_r=2))
+    with caplog.at_level("WARNING"):
+        distill(model, Noise(), DistillationArguments(**ARGUMENTS))
+    assert "trained at r = 3, and is about to be a teacher at every degree" in caplog.text
+    distill(model, Noise(), DistillationArguments(**ARGUMENTS, source_r=3))
 
 
 def test_too_few_images_are_refused_before_the_model_changes():

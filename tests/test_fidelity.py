@@ -107,6 +107,10 @@ def test_settings_override_the_configuration():
     assert config == {"finetuning": {"learning_rate": 1e-3, "num_train_epochs": 15}, "seeds": [2]}
     with pytest.raises(SystemExit, match=r"no finetuning\.rate"):
         run.override(config, ["finetuning.rate=1"])
+    with pytest.raises(SystemExit, match=r"no model\.rate"):
+        run.override(config, ["model.rate=1"])
+    with pytest.raises(SystemExit, match="must be JSON"):
+        run.override(config, ["seeds=linear"])
 
 
 def test_the_configurations_fit_the_scripts():

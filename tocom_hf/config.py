@@ -81,7 +81,7 @@ class PluginSetConfig:
         base_model_revision: Its commit on the Hub.
         min_r, max_r: The degrees that the set covers.
         source_r: The one degree that weights can be trained at, for a set distilled on a fine-tuned checkpoint with
-            `DistillationArguments(source_r=...)`; `None` for any.
+            `DistillationArguments(source_r=...)`; `None` for any. Weights of another degree run at that alone.
         rank: Rank h of one plugin.
         trained_scale: The factor s during distillation.
         recommended_scale: The factor s to use; picked on held-out data, else `trained_scale`.

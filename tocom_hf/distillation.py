@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .agreement import format_grid
 from .architectures import Backbone, find_backbone
@@ -24,7 +25,7 @@ from .arguments import PRESETS, DistillationArguments
 from .composition import Adapter, Factors
 from .config import BackboneFacts, PluginSetConfig
 from .devices import describe_device
-from .errors import ArgumentError, DatasetError, UnsupportedModelError
+from .errors import ArgumentError, DatasetError, DegreeError, UnsupportedModelError
 from .objectives import Objective, find_objective
 from .patching import apply_tome, get_schedule, remove_tome
 from .plugin_chain import PluginChain
@@ -33,6 +34,8 @@ from .training import Training
 from .training_data import is_stream
 from .training_state import find_checkpoint
 
+
+logger = logging.get_logger(__name__)
 
 __all__ = ["PRESETS", "DistillationArguments", "SelfDistiller", "distill"]
 
@@ -75,6 +78,7 @@ def distill(
     Raises:
         UnsupportedModelError: if the architecture is not supported, or lacks what the objective compares.
         BackboneMismatchError: if `init_plugins` belongs to another backbone.
+        DegreeError: if `args.source_r` is not the degree that the model records.
         DatasetError: if the data set has fewer images than one step needs.
         ArgumentError: if arguments contradict each other, the data set, or `init_plugins`.
         PluginFileError: if a plugin of `init_plugins` cannot be read.
@@ -101,6 +105,7 @@ def distill(
     backbone, objective = find_backbone(model), find_objective(args.objective, model)
     if get_schedule(model) is not None:
         raise UnsupportedModelError("The model merges tokens already. Call remove_tome(model) before distilling.")
+    _check_source_r(model, args.source_r)
     start = None if init_plugins is None else _starting_plugins(init_plugins, backbone, args)
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     steps = _count_steps(dataset, args, global_batch)
@@ -277,6 +282,23 @@ def _count_steps(dataset: Any, args: DistillationArguments, global_batch: int) -
     return args.max_steps or count // global_batch * args.num_train_epochs
 
 
+def _check_source_r(model: PreTrainedModel, source_r: int | None) -> None:
+    """Hold the teacher's degree against the one that a fine-tuned checkpoint records."""
+    known = (getattr(model.config, "tocom", None) or {}).get("source_r")
+    if known is not None and source_r not in (None, known):
+        raise DegreeError(
+            f"source_r={source_r} contradicts the checkpoint, whose configuration records source_r={known}. "
+            f"Distil on it with source_r={known}."
+        )
+    if known and source_r is None:
+        logger.warning(
+            "The model was trained at r = %s, and is about to be a teacher at every degree. To fit plugins to this "
+            "checkpoint, set source_r=%s.",
+            known,
+            known,
+        )
+
+
 def _starting_plugins(plugins: PluginSet, backbone: Backbone, args: DistillationArguments) -> dict[int, Adapter]:
     """The plugins of a set to train on, all read, with what they add to a weight kept at the scale to train with."""
     config = plugins.config
@@ -285,6 +307,11 @@ def _starting_plugins(plugins: PluginSet, backbone: Backbone, args: Distillation
         raise ArgumentError(
             f"Cannot start from {plugins} with max_r={args.max_r} and rank={args.rank}. Choose the set's rank and a "
             "max_r within its degrees, which must begin at 0."
+        )
+    if config.merging.get("proportional_attention", True) != args.proportional_attention:
+        raise ArgumentError(
+            f"Cannot start from {plugins} with proportional_attention={args.proportional_attention}: it was distilled "
+            f"with {not args.proportional_attention}."
         )
     if config.source_r not in (None, args.source_r):
         raise ArgumentError(
@@ -295,7 +322,10 @@ def _starting_plugins(plugins: PluginSet, backbone: Backbone, args: Distillation
         raise ArgumentError("With scale=0 the plugins of a set have no effect, so there is nothing to start from.")
     factor = config.trained_scale / args.scale
     return {
-        i: {path: Factors(lora_A, lora_B * factor) for path, (lora_A, lora_B) in plugins.adapter(i).items()}
+        i: {
+            path: Factors(lora_A.detach().float().cpu(), lora_B.detach().float().cpu() * factor)
+            for path, (lora_A, lora_B) in plugins.adapter(i).items()
+        }
         for i in range(args.max_r)
     }
 

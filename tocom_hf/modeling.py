@@ -88,8 +88,9 @@ class TocomModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: Hub id, local folder, or a loaded model, which is changed in place.
-            plugins: Hub id, local folder or `PluginSet` of the model's pre-trained backbone. Not needed for a model
-                saved by `TocomModel`, which brings its own, nor where both degrees are equal.
+            plugins: Hub id, local folder or `PluginSet` of the model's pre-trained backbone, or one fitted to this
+                checkpoint. Not needed for a model saved by `TocomModel`, which brings its own, nor where both degrees
+                are equal.
             source_r: The degree that the checkpoint was trained at, 0 for ordinary training. Not needed for
                 checkpoints whose configuration records it; must agree with it where both are given.
             target_r: The degree to run at; by default the recorded one, else `source_r`.

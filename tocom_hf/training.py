@@ -261,7 +261,8 @@ class Training:
         for name in ("plain", "tocom"):
             rows = zip(sources, grid[name], strict=True)
             off_diagonal = [value for m, row in rows for n, value in zip(degrees, row, strict=True) if m != n]
-            self.accelerator.log({f"agreement/{name}": sum(off_diagonal) / len(off_diagonal)}, step=self.step)
+            if off_diagonal:
+                self.accelerator.log({f"agreement/{name}": _mean(off_diagonal)}, step=self.step)
 
     def _save(self, stream_state: StreamState) -> None:
         streams = gather_object([stream_state.to_list()])

@@ -50,7 +50,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--degrees", type=int, nargs="+", help="Only these degrees, as source and as target.")
     parser.add_argument("--source_r", type=int, nargs="+", help="Only checkpoints of these degrees.")
     parser.add_argument(
-        "--set", nargs="+", default=[], help="Other values than the configuration's: finetuning.learning_rate=1e-3."
+        "--set",
+        nargs="+",
+        default=[],
+        help="Other values than the configuration's, for an output_dir of their own: finetuning.learning_rate=1e-3.",
     )
     parser.add_argument("--results_dir", type=Path, help="Where tables and plots go; default: OUTPUT_DIR/results.")
     return parser.parse_args()
@@ -61,18 +64,22 @@ def override(config: dict, settings: list[str]) -> None:
     for setting in settings:
         path, _, value = setting.partition("=")
         *parents, name = path.split(".")
-        part = config
+        part: Any = config
         for parent in parents:
-            part = part[parent]
+            part = part.get(parent, {})
         if name not in part:
             raise SystemExit(f"The configuration has no {path}.")
-        part[name] = json.loads(value)
+        try:
+            part[name] = json.loads(value)
+        except ValueError:
+            raise SystemExit(f"The value of {path} must be JSON, such as 1e-3 or [0, 4], got {value!r}.") from None
 
 
 def make_data(config: dict, folder: Path, tasks: list[str]) -> None:
     size, seed, style = config["image_size"], config["data_seed"], STYLES[config["style"]]
+    wanted = {data_folder(folder, task).name for task in tasks}
     for offset, name in enumerate(config["tasks"]):
-        if name in tasks and not (folder / name / "test.parquet").exists():
+        if name in wanted and not (folder / name / "test.parquet").exists():
             write_task(name, folder / name, config["tasks"][name], size, 1000 * seed + offset, style)
             print(f"images of the task {name} written to {folder / name}", flush=True)
     distil = folder / "distil.parquet"
@@ -218,7 +225,10 @@ def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: l
         if not reports:
             continue
         names = [name for report in reports for name in report.settings["checkpoints"]]
-        settings = {**reports[0].settings, "dataset": task, "checkpoints": names}
+        plugins = ", ".join(
+            dict.fromkeys(report.settings["plugins"] for report in reports if report.settings.get("plugins"))
+        )
+        settings = {**reports[0].settings, "dataset": task, "checkpoints": names, "plugins": plugins}
         joined = Report(settings, [run for report in reports for run in report.runs], reports[0].costs)
         joined.save(results / task)
         lines.append(summary_line(task, max(cell.checkpoints for cell in joined.cells), joined.cells))
