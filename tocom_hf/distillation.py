@@ -284,7 +284,8 @@ def _count_steps(dataset: Any, args: DistillationArguments, global_batch: int) -
 
 def _check_source_r(model: PreTrainedModel, source_r: int | None) -> None:
     """Hold the teacher's degree against the one that a fine-tuned checkpoint records."""
-    known = (getattr(model.config, "tocom", None) or {}).get("source_r")
+    recorded = getattr(model.config, "tocom", None)
+    known = recorded.get("source_r") if isinstance(recorded, dict) else None
     if known is not None and source_r not in (None, known):
         raise DegreeError(
             f"source_r={source_r} contradicts the checkpoint, whose configuration records source_r={known}. "
