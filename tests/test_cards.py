@@ -89,15 +89,29 @@ def test_an_agreement_grid_and_hardware_are_rendered(plugins):
     assert card.data.datasets == ["org/images"]
 
 
-def test_the_card_of_a_set_for_one_checkpoint_says_so(plugins):
+@pytest.mark.parametrize(
+    ("objective", "measure", "loss"),
+    [("logits", "predicts the same class", "divergence"), ("features", "The cosine", "distance of their normalised")],
+)
+def test_the_card_says_what_was_compared(plugins, objective, measure, loss):
+    grid = [[1.0, 0.75], [0.5, 1.0]]
+    agreement = {"degrees": [0, 2], "plain": grid, "tocom": grid}
+    plugins.config.training = {"agreement": agreement, "objective": objective, "learning_rate": 0.001}
+    text = plugin_set_card(plugins.config, "user/set").text
+    assert [words in text for words in ("predicts the same class", "The cosine")].count(True) == 1
+    assert measure in text.split("## Agreement")[1].split("## Recipe")[0]
+    assert loss in text.split("## Recipe")[1]
+
+
+def test_the_card_of_a_set_for_one_source_degree_says_so(plugins):
     plugins.config.source_r = 6
     grid = [[0.5, 0.75, 1.0]]
     agreement = {"sources": [6], "degrees": [0, 3, 6], "plain": grid, "tocom": grid}
     plugins.config.training = {"agreement": agreement}
     card = plugin_set_card(plugins.config, "user/set")
     assert "source_r=6,  # the degree that the checkpoint was trained at\n    target_r=0," in card.text
-    assert "distilled on this one model" in card.text
-    assert "any checkpoint fine-tuned" not in card.text
+    assert "weights trained\nwhile merging 6 tokens a layer" in card.text
+    assert "any checkpoint fine-tuned from it at this degree\n" in card.text
     assert "| m \\ n | 0 | 3 | 6 |\n|---|---|---|---|\n| 6 | 50.0 | 75.0 | 100.0 |" in card.text
 
 

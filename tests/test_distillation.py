@@ -217,7 +217,7 @@ def test_a_set_for_one_degree_of_weights_refuses_others(tmp_path, pixel_values):
     assert (grid["sources"], grid["degrees"]) == ([2], [0, 1, 2, 3, 4])
     model = TocomModel.from_pretrained(make_model(), plugins=plugins, source_r=2, target_r=4)
     model(pixel_values)
-    with pytest.raises(DegreeError, match="distilled on a checkpoint trained at r = 2"):
+    with pytest.raises(DegreeError, match="distilled for weights trained at r = 2"):
         TocomModel.from_pretrained(make_model(), plugins=plugins, source_r=0, target_r=4)
     TocomModel.from_pretrained(make_model(), plugins=plugins, source_r=0, target_r=0)  # nothing to compensate
 

@@ -40,7 +40,7 @@ class DistillationArguments:
     lora_dropout: float = _argument(0.1, "Dropout probability between the two factors of a plugin.")
     objective: str = _argument("auto", f"What teacher and student agree on: auto, {' or '.join(OBJECTIVES)}.")
     proportional_attention: bool = _argument(True, "Add the log of token sizes to attention logits, as ToMe does.")
-    source_r: int | None = _argument(None, "Degree of every teacher, for a checkpoint trained at it; default: any.")
+    source_r: int | None = _argument(None, "Degree of every teacher, for weights trained at it; default: any.")
     degree_sampler: str = _argument("uniform", "How degrees are drawn: uniform, adjacent or antithetic.")
 
     num_train_epochs: int = _argument(10, "Passes over the data set. Ignored where max_steps is given.")

@@ -78,6 +78,7 @@ def plugin_set_card(
         evaluation=_groups(entries),
         **_agreement(training.get("agreement")),
         figure=figure,
+        objective=training.get("objective"),
         recipe=[(key, value) for key, value in training.items() if key not in _NOT_RECIPE],
         hardware=training.get("hardware"),
     )

@@ -80,7 +80,7 @@ class PluginSetConfig:
         base_model: Hub id or path of the backbone.
         base_model_revision: Its commit on the Hub.
         min_r, max_r: The degrees that the set covers.
-        source_r: The one degree that weights can be trained at, for a set distilled on a fine-tuned checkpoint with
+        source_r: The one degree that weights can be trained at, for a set distilled with
             `DistillationArguments(source_r=...)`; `None` for any. Weights of another degree run at that alone.
         rank: Rank h of one plugin.
         trained_scale: The factor s during distillation.

@@ -133,9 +133,9 @@ class PluginSet:
         target_r = require_in_range(target_r, "target_r", config.min_r, config.max_r)
         if config.source_r not in (None, source_r) and source_r != target_r:
             raise DegreeError(
-                f"source_r={source_r}, but the plugin set was distilled on a checkpoint trained at "
-                f"r = {config.source_r} and fits no other. Use the set of its pre-trained backbone, or distil one with "
-                f"DistillationArguments(source_r={source_r}) on this checkpoint."
+                f"source_r={source_r}, but the plugin set was distilled for weights trained at r = {config.source_r} "
+                f"and fits no others. Use a set for every degree, or distil one with "
+                f"DistillationArguments(source_r={source_r})."
             )
         scale = config.recommended_scale if scale is None else require_scale(scale)
         indices, _ = chain(source_r, target_r)
