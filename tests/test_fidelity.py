@@ -129,6 +129,52 @@ def test_the_configurations_fit_the_scripts():
             assert model.image_size == config["image_size"]
 
 
+def test_the_base_takes_images_of_the_study_and_records_no_degree(tmp_path):
+    import run
+
+    run.make_base({"image_size": 20}, str(CHECKPOINT), tmp_path / "base")
+    assert hasattr(AutoConfig.from_pretrained(CHECKPOINT), "tocom")
+    assert not hasattr(AutoConfig.from_pretrained(tmp_path / "base"), "tocom")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "base")
+    image = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 20, 20)
+
+
+def test_arguments_without_a_value_are_left_to_the_script(monkeypatch):
+    import run
+
+    commands = []
+    monkeypatch.setattr(run.subprocess, "run", lambda command, check: commands.append(command))
+    run.run("distill.py", source_r=None, degrees=[0, 4], scales=[], max_r=8)
+    assert commands[0][2:] == ["--degrees", "0", "4", "--max_r", "8"]
+
+
+def test_a_plugin_set_for_each_source_degree_serves_its_checkpoints(tmp_path, monkeypatch):
+    import run
+
+    made = []
+
+    def distil_set(config, root, folder, more):
+        folder.mkdir(parents=True)
+        made.append((folder.relative_to(root).as_posix(), more))
+
+    monkeypatch.setattr(run, "distil_set", distil_set)
+    run.distil({"distillation": {"source_r": None}, "degrees": [0, 4]}, tmp_path / "one")
+    run.distil({"distillation": {"source_r": run.EACH}, "degrees": [0, 4]}, tmp_path / "each")
+    assert made == [("plugins", {}), ("plugins/r0", {"source_r": 0}), ("plugins/r4", {"source_r": 4})]
+    assert run.plugins_folder(tmp_path / "one", "digits", 4, 0) == tmp_path / "one" / "plugins"
+    assert run.plugins_folder(tmp_path / "each", "digits", 4, 0) == tmp_path / "each" / "plugins" / "r4"
+    assert run.plugins_folder(tmp_path / "each", "fitted-digits", 4, 0).parts[-3:] == ("fitted", "digits", "r4-seed0")
+
+
+def test_the_letters_to_distil_on_are_no_digits():
+    import images
+
+    assert len(set(images.LETTERS)) == len(images.LETTERS) > 300
+    assert all(letter.isalpha() for letter in images.LETTERS)
+    assert not {*"OoIl\u041e\u0417\u0437\u039f"} & {*images.LETTERS}
+
+
 def test_linear_heads_are_fitted_to_what_the_head_reads(tmp_path, monkeypatch):
     import images
     import linear

@@ -8,6 +8,8 @@ Two things are made, both functions of a seed alone: unlabelled images to distil
 labelled tasks that share no picture with them (`TASKS`).
 """
 
+import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -16,7 +18,6 @@ import random
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -32,12 +33,17 @@ FONTS = Path("/usr/share/fonts")
 NATURAL = ("animals", "food", "geography", "office", "people", "plants", "recreation", "tools", "transportation")
 FONT_PATTERNS = ("truetype/dejavu/*.ttf", "truetype/freefont/*.ttf", "opentype/urw-base35/*.otf")
 NOT_LATIN = ("D050000L", "StandardSymbols", "Dingbats")
+# Latin, Greek and Cyrillic letters, without those that are drawn as a 0, 1, 3 or 6
+LIKE_DIGITS = {*map(ord, "OoIl"), 0x131, 0x17F, 0x399, 0x39F, 0x3BF, 0x417, 0x41E, 0x431, 0x437, 0x43E}
+SCRIPTS = ((0x41, 0x7A), (0xC0, 0x17F), (0x391, 0x3C9), (0x410, 0x44F))
+CODES = (code for first, last in SCRIPTS for code in range(first, last + 1) if code not in LIKE_DIGITS)
+LETTERS = [chr(code) for code in CODES if chr(code).isalpha()]
 SHAPES = ("circle", "square", "triangle", "bar", "ring")
 MAX_AREA = 8_000_000  # pixels; a few posters take longer to decode than all the rest
 CANVAS = 192  # pixels of the images to distil on
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Style:
     """What the images of a study look like.
 
@@ -49,6 +55,7 @@ class Style:
         cloth: What colour clothing has among the images to distil on.
         picture: A drawing with its transparency as it is laid on a canvas.
         clothing: Share of Fashion-MNIST among the images to distil on.
+        marks: Share of letters and strokes among them.
         oversampling: Images of tasks are drawn so many times as large, and shrunk.
     """
 
@@ -59,11 +66,12 @@ class Style:
     cloth: Callable[[random.Random], tuple[int, int, int]]
     picture: Callable[[Image.Image], Image.Image]
     clothing: float
+    marks: float = 0.0
     oversampling: int = 1
 
 
 def distillation_images(count: int, seed: int, style: Style) -> datasets.Dataset:
-    """Collages of one to twelve drawings on clutter, and Fashion-MNIST images.
+    """Collages of one to twelve drawings on clutter, Fashion-MNIST images, and letters and strokes.
 
     They are larger than what the model sees, because distillation looks at random parts of them.
 
@@ -81,8 +89,8 @@ def distillation_images(count: int, seed: int, style: Style) -> datasets.Dataset
 
     def samples() -> Iterator[bytes]:
         # every picture is opened once, and used as often as the count asks for, beside some that came before it
-        clothing = round(style.clothing * count)
-        drawings, recent = count - clothing, deque(maxlen=200)
+        clothing, marks = round(style.clothing * count), round(style.marks * count)
+        drawings, recent = count - clothing - marks, deque(maxlen=200)
         generator.shuffle(files)
         for index, path in enumerate(files):
             recent.append(style.picture(_open(path)))
@@ -96,6 +104,10 @@ def distillation_images(count: int, seed: int, style: Style) -> datasets.Dataset
             grey = Image.fromarray(fashion[generator.randrange(len(fashion))]).resize((CANVAS, CANVAS), Image.BICUBIC)
             canvas = style.clutter(CANVAS, generator)
             canvas.paste(style.cloth(generator), (0, 0), grey)
+            yield _jpeg(canvas)
+        for index in range(marks):
+            canvas = style.clutter(CANVAS, generator)
+            (_letters if index % 2 else _strokes)(canvas, style, generator)
             yield _jpeg(canvas)
 
     images = list(samples())
@@ -135,8 +147,7 @@ def natural(count: int, size: int, seed: int, style: Style) -> tuple[list[Image.
 def digits(count: int, size: int, seed: int, style: Style) -> tuple[list[Image.Image], list[int], list[str]]:
     """A digit in a random font, tilted, sheared and shifted."""
     generator = random.Random(seed)
-    fonts = sorted(path for pattern in FONT_PATTERNS for path in FONTS.glob(pattern))
-    fonts = [path for path in fonts if not path.stem.startswith(NOT_LATIN)]
+    fonts = _fonts()
     images, labels = [], []
     for _ in range(count):
         labels.append(generator.randrange(10))
@@ -349,6 +360,47 @@ def _contrasting(canvas: Image.Image, generator: random.Random) -> tuple[int, in
     return best
 
 
+def _letters(canvas: Image.Image, style: Style, generator: random.Random) -> None:
+    """One to twelve letters of three scripts, tilted. Never a digit: these are a task."""
+    number = generator.choice((1, 1, 2, 3, 5, 8, 12))
+    fonts, size = _fonts(), canvas.width
+    for _ in range(number):
+        height = round(size * generator.uniform(0.3, 0.9) / number**0.35)
+        font, letter = ImageFont.truetype(generator.choice(fonts), height), generator.choice(LETTERS)
+        mask = Image.new("L", canvas.size)
+        ImageDraw.Draw(mask).text((size / 2, size / 2), letter, fill=255, font=font, anchor="mm")
+        reach = size * (0.1 if number == 1 else 0.45)
+        shift = generator.uniform(-reach, reach), generator.uniform(-reach, reach)
+        mask = mask.rotate(generator.uniform(-35, 35), Image.BICUBIC, translate=shift)
+        canvas.paste(style.cloth(generator), (0, 0), mask)
+
+
+def _strokes(canvas: Image.Image, style: Style, generator: random.Random) -> None:
+    """Up to forty lines, polygons, ellipses and arcs. Never a bar alone: its direction is a task."""
+    draw, size = ImageDraw.Draw(canvas), canvas.width
+    number = generator.choice((1, 1, 2, 4, 8, 16, 40))
+    kinds = ("polygon", "ellipse", "arc") if number == 1 else ("polygon", "ellipse", "arc", "line", "line")
+    for _ in range(number):
+        colour, width = style.cloth(generator), generator.randint(2, 24)
+        points = [(generator.uniform(0, size), generator.uniform(0, size)) for _ in range(generator.randint(3, 5))]
+        (left, right), (top, bottom) = (sorted(pair) for pair in zip(*points[:2], strict=True))
+        match generator.choice(kinds):
+            case "polygon":
+                draw.polygon(points, fill=colour)
+            case "ellipse":
+                draw.ellipse((left, top, right, bottom), outline=colour, width=width)
+            case "arc":
+                draw.arc((left, top, right, bottom), 0, generator.randint(60, 360), fill=colour, width=width)
+            case _:
+                draw.line(points[: generator.randint(2, 4)], fill=colour, width=width, joint="curve")
+
+
+@functools.cache
+def _fonts() -> list[Path]:
+    fonts = sorted(path for pattern in FONT_PATTERNS for path in FONTS.glob(pattern))
+    return [path for path in fonts if not path.stem.startswith(NOT_LATIN)]
+
+
 def _affine(size: int, generator: random.Random) -> tuple[float, ...]:
     """A rotation by up to 20 degrees, a shear and a shift, about the centre."""
     angle, shear = generator.uniform(-0.35, 0.35), generator.uniform(-0.25, 0.25)
@@ -407,6 +459,8 @@ STYLES = {
     # as Fashion-MNIST: light grey on black
     "plain": Style(
         background=_black, smooth=_black, clutter=_black, colour=lambda canvas, generator: _light(generator),
-        cloth=_light, picture=_light_picture, clothing=0.5, oversampling=2,
+        cloth=_light, picture=_light_picture, clothing=1 / 3, marks=1 / 3, oversampling=2,
     ),
 }  # fmt: skip
+# the same tasks, and less variety to distil on
+STYLES["plain-no-marks"] = dataclasses.replace(STYLES["plain"], clothing=0.5, marks=0.0)

@@ -35,6 +35,7 @@ HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
 LINEAR = "linear-"  # before the name of a task: a linear head on the frozen backbone instead of fine-tuning
 FITTED = "fitted-"  # before the name of a task: the same checkpoints, each with a plugin set fitted to it
+EACH = "each"  # as source_r of the distillation: a plugin set for each degree that checkpoints are trained at
 METHODS = ("paper", "wide", "unlabelled")  # what picked the scale
 STAGES = ("data", "base", "distil", "finetune", "fit", "evaluate", "arithmetic", "tabulate")
 
@@ -95,7 +96,9 @@ def make_base(config: dict, model: str, folder: Path) -> None:
     if (folder / "preprocessor_config.json").exists():
         return
     model_class = getattr(transformers, AutoConfig.from_pretrained(model).architectures[0])
-    model_class.from_pretrained(model, dtype=torch.float32).save_pretrained(folder)
+    backbone = model_class.from_pretrained(model, dtype=torch.float32)
+    backbone.config.__dict__.pop("tocom", None)  # plugins are for checkpoints of any degree, not for this one
+    backbone.save_pretrained(folder)
     processor = AutoImageProcessor.from_pretrained(model)
     processor.size = processor.crop_size = {"height": config["image_size"], "width": config["image_size"]}
     processor.do_resize = processor.do_center_crop = False
@@ -120,7 +123,15 @@ def train(config: dict, arguments: dict, model: Path, data: Path, output_dir: Pa
 
 
 def distil(config: dict, root: Path) -> None:
-    folder = root / "plugins"
+    """One plugin set, or, where the configuration's `source_r` is "each", one for the checkpoints of each degree."""
+    if config["distillation"].get("source_r") != EACH:
+        distil_set(config, root, root / "plugins", {})
+        return
+    for source_r in config["degrees"]:
+        distil_set(config, root, root / "plugins" / f"r{source_r}", {"source_r": source_r})
+
+
+def distil_set(config: dict, root: Path, folder: Path, more: dict) -> None:
     if (folder / CONFIG_NAME).exists():
         return
     run(
@@ -129,7 +140,7 @@ def distil(config: dict, root: Path) -> None:
         dataset_name=root / "data" / "distil.parquet",
         output_dir=folder,
         mixed_precision=config["precision"],
-        **config["distillation"],
+        **{**config["distillation"], **more},
     )
     plugins = PluginSet.from_pretrained(folder)
     plugins.config.base_model = config["model"]
@@ -164,7 +175,7 @@ def fit(config: dict, root: Path, task: str, source_r: int, seed: int) -> None:
         "distill.py",
         model_name_or_path=checkpoint(root, task, source_r, seed),
         dataset_name=data_folder(root, task) / "train.parquet",
-        init_plugins=root / "plugins",
+        init_plugins=plugins_folder(root, task.removeprefix(FITTED), source_r, seed),
         source_r=source_r,
         output_dir=folder,
         mixed_precision=config["precision"],
@@ -313,11 +324,10 @@ def checkpoint(root: Path, task: str, source_r: int, seed: int) -> Path:
 
 
 def plugins_folder(root: Path, task: str, source_r: int, seed: int) -> Path:
-    return (
-        root / "fitted" / task.removeprefix(FITTED) / f"r{source_r}-seed{seed}"
-        if task.startswith(FITTED)
-        else root / "plugins"
-    )
+    if task.startswith(FITTED):
+        return root / "fitted" / task.removeprefix(FITTED) / f"r{source_r}-seed{seed}"
+    own = root / "plugins" / f"r{source_r}"
+    return own if own.exists() else root / "plugins"
 
 
 def grid(root: Path, task: str, source_r: int, seed: int) -> Path:
@@ -329,7 +339,7 @@ def run(script: str | Path, **arguments: Any) -> None:
     command = [sys.executable, str(EXAMPLES / script)]
     for name, value in arguments.items():
         values = value if isinstance(value, list) else [value]
-        if values:
+        if value is not None and values:
             command += [f"--{name}", *map(str, values)]
     print("$ python " + " ".join([os.path.relpath(command[1]), *command[2:]]), flush=True)
     subprocess.run(command, check=True)
