@@ -99,6 +99,18 @@ def test_the_summary_joins_seeds(tmp_path):
     assert f"| {100 * paper['gain']:+.1f} ± {100 * paper['gain_se']:.1f} |" in line
 
 
+def test_rows_without_a_checkpoint_at_the_target_have_no_gap_to_sum(tmp_path):
+    import run
+
+    runs = [make_run(4, 4, 0, 0.9), make_run(4, 0, 0, 0.5, 0.7)]
+    Report({"dataset": "x", "checkpoints": [""]}, runs, [Cost(0, 2e9), Cost(4, 1e9)]).save(
+        run.grid(tmp_path, "count", 4, 0)
+    )
+    run.tabulate({"degrees": [0, 4]}, tmp_path, tmp_path / "results", ["count"], [0])
+    assert "| count |" not in (tmp_path / "results" / "summary.md").read_text()
+    assert "| `count` | 4 to 0 |" in (tmp_path / "results" / "changes.md").read_text()
+
+
 def test_settings_override_the_configuration():
     import run
 

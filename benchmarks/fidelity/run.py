@@ -242,8 +242,9 @@ def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: l
         settings = {**reports[0].settings, "dataset": task, "checkpoints": names, "plugins": plugins}
         joined = Report(settings, [run for report in reports for run in report.runs], reports[0].costs)
         joined.save(results / task)
-        lines.append(summary_line(task, max(cell.checkpoints for cell in joined.cells), joined.cells))
         moved = [cell for cell in joined.cells if cell.compensated]
+        if any(cell.gap is not None for cell in moved):  # a checkpoint was trained at the target degree
+            lines.append(summary_line(task, max(cell.checkpoints for cell in joined.cells), joined.cells))
         changes += [change_line(task, cell) for cell in moved]
         groups.setdefault(group_name(task), []).extend(moved)
         print(f"{task}\n{joined.markdown()}\n", flush=True)
