@@ -2,6 +2,7 @@
 """The parts of `benchmarks/fidelity` that need neither pictures nor fonts of the system."""
 
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -177,6 +178,19 @@ def test_a_plugin_set_for_each_source_degree_serves_its_checkpoints(tmp_path, mo
     assert run.plugins_folder(tmp_path / "one", "digits", 4, 0) == tmp_path / "one" / "plugins"
     assert run.plugins_folder(tmp_path / "each", "digits", 4, 0) == tmp_path / "each" / "plugins" / "r4"
     assert run.plugins_folder(tmp_path / "each", "fitted-digits", 4, 0).parts[-3:] == ("fitted", "digits", "r4-seed0")
+
+
+def test_strokes_depend_on_the_seed_alone():
+    import images
+
+    drawn = []
+    for seed in (0, 0, 1):
+        canvas = images.Image.new("RGB", (96, 96))
+        images._strokes(canvas, images.STYLES["plain"], random.Random(seed))
+        drawn.append(np.asarray(canvas))
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+    assert all(image.any() for image in drawn)
 
 
 def test_the_letters_to_distil_on_are_no_digits():

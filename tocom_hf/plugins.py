@@ -134,7 +134,7 @@ class PluginSet:
         if config.source_r not in (None, source_r) and source_r != target_r:
             raise DegreeError(
                 f"source_r={source_r}, but the plugin set was distilled for weights trained at r = {config.source_r} "
-                f"and fits no others. Use a set for every degree, or distil one with "
+                "and fits no others. Use a set for every degree, or distil one with "
                 f"DistillationArguments(source_r={source_r})."
             )
         scale = config.recommended_scale if scale is None else require_scale(scale)
