@@ -89,6 +89,8 @@ def test_the_summary_joins_seeds(tmp_path):
     summary = (tmp_path / "results" / "summary.md").read_text()
     assert f"| {100 * share:.0f} % |" in summary
     gains = [cell["compensated"]["paper"]["gain"] for cell in moved]
+    lost = [cell["lost"] for cell in moved]  # all of them clear
+    assert f"| count | 2 of 2 | {100 * sum(lost) / 2:.1f} | {100 * sum(gains) / sum(lost):.0f} % |" in summary
     below = sum(c["compensated"]["paper"]["gain"] < -c["compensated"]["paper"]["gain_se"] for c in moved)
     for group in ("fine-tuned", "fine-tuned, fitted plugins"):
         assert f"| {group} | 2 | {100 * sum(gains) / 2:+.2f} ({below}) |" in summary
@@ -96,7 +98,8 @@ def test_the_summary_joins_seeds(tmp_path):
     (line,) = [row for row in changes if row.startswith("| `count` | 0 to 4 |")]
     cell = next(cell for cell in moved if cell["source_r"] == 0)
     paper = cell["compensated"]["paper"]
-    assert line.startswith(f"| `count` | 0 to 4 | {100 * cell['plain']:.1f} | {100 * cell['trained']:.1f} ")
+    assert line.startswith(f"| `count` | 0 to 4 | {100 * cell['plain']:.1f} ({-100 * cell['lost']:+.1f} ± ")
+    assert f"| {100 * cell['trained']:.1f} ({100 * cell['gap']:+.1f} ± " in line
     assert f"| {100 * paper['gain']:+.1f} ± {100 * paper['gain_se']:.1f} |" in line
 
 
@@ -108,7 +111,7 @@ def test_rows_without_a_checkpoint_at_the_target_have_no_gap_to_sum(tmp_path):
         run.grid(tmp_path, "count", 4, 0)
     )
     run.tabulate({"degrees": [0, 4]}, tmp_path, tmp_path / "results", ["count"], [0])
-    assert "| count |" not in (tmp_path / "results" / "summary.md").read_text()
+    assert "| count | 1 | " not in (tmp_path / "results" / "summary.md").read_text()
     assert "| `count` | 4 to 0 |" in (tmp_path / "results" / "changes.md").read_text()
 
 

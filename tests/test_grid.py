@@ -101,8 +101,9 @@ def test_summaries_against_a_loop_over_images():
     cells = {(cell.source_r, cell.target_r): cell for cell in summarize(runs)}
     assert list(cells) == [(0, 0), (0, 4), (4, 4)]
     cell = cells[0, 4]
-    plain, tocom, trained = [], [], []
+    plain, tocom, trained, own = [], [], [], []
     for image in range(200):
+        own.append(sum(float(run.plain[image]) for run in runs[:2]) / 2)
         plain.append(sum(float(run.plain[image]) for run in runs[2:4]) / 2)
         tocom.append(sum(float(run.at_scale[run.picked["paper"]][image]) for run in runs[2:4]) / 2)
         trained.append(sum(float(run.plain[image]) for run in runs[4:]) / 2)
@@ -112,16 +113,19 @@ def test_summaries_against_a_loop_over_images():
 
     gains = [b - a for a, b in zip(plain, tocom, strict=True)]
     gaps = [b - a for a, b in zip(plain, trained, strict=True)]
+    losses = [b - a for a, b in zip(plain, own, strict=True)]
     paper = cell.compensated["paper"]
     assert (cell.plain, cell.plain_se) == pytest.approx(mean_and_error(plain))
     assert (paper.accuracy, paper.se) == pytest.approx(mean_and_error(tocom))
     assert (paper.gain, paper.gain_se) == pytest.approx(mean_and_error(gains))
     assert (cell.trained, cell.trained_se) == pytest.approx(mean_and_error(trained))
     assert (cell.gap, cell.gap_se) == pytest.approx(mean_and_error(gaps))
+    assert (cell.lost, cell.lost_se) == pytest.approx(mean_and_error(losses))
     assert paper.gap_closed == pytest.approx(statistics.mean(gains) / statistics.mean(gaps))
     assert paper.scales == (0.1, 0.11)
     assert cell.compensated["scale -0.1"].scales == (-0.1, -0.1)
     assert cells[0, 0].gap is None
+    assert cells[0, 0].lost is None
     assert not cells[0, 0].compensated
 
 
@@ -129,6 +133,7 @@ def test_without_a_gap_there_is_no_share_of_it():
     runs = [make_run(0, 4, 0, 0.9, 0.95), make_run(4, 4, 0, 0.5)]
     assert summarize(runs)[0].compensated["paper"].gap_closed is None
     assert summarize(runs[:1])[0].gap is None
+    assert summarize(runs)[0].lost is None
 
 
 @pytest.mark.parametrize(

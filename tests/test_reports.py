@@ -8,7 +8,7 @@ from conftest import make_model
 from test_grid import make_run
 
 from tocom_hf import TocomModel
-from tocom_hf.reports import Cost, Report, gap_closed, measure_costs
+from tocom_hf.reports import Cost, Report, gap_closed, measure_costs, won_back
 
 
 @pytest.fixture
@@ -30,7 +30,8 @@ def test_what_is_saved_is_what_was_measured(report, tmp_path):
     assert float(row["accuracy"]) == pytest.approx(100 * cell.compensated["paper"].accuracy)
     assert float(row["gap_closed"]) == pytest.approx(100 * cell.compensated["paper"].gap_closed, abs=0.5)
     assert row["scales"] == "0.1 0.11"
-    assert rows["0", "0", "plain"]["gain"] == ""
+    assert float(row["lost"]) == pytest.approx(100 * (cells[0, 0].plain - cell.plain), abs=0.01)
+    assert rows["0", "0", "plain"]["gain"] == rows["0", "0", "plain"]["lost"] == ""
     content = json.loads((tmp_path / "grid.json").read_text())
     assert content["cells"][1]["compensated"]["wide"]["gain"] == cell.compensated["wide"].gain
     for name in ("heat_map.png", "tradeoff.png"):
@@ -71,6 +72,16 @@ def test_the_gap_closed_over_cells_is_a_ratio_of_sums(report):
     gaps = [cell.gap for cell in cells]
     assert gap_closed(report.cells, "paper") == pytest.approx((sum(gains) / sum(gaps), sum(gaps)))
     assert gap_closed([], "paper") is None
+
+
+def test_only_what_was_clearly_lost_can_be_won_back():
+    runs = [make_run(0, 0, 0, 0.9), make_run(0, 4, 0, 0.5, 0.7)]  # loses
+    runs += [make_run(4, 4, 0, 0.5), make_run(4, 0, 0, 0.6, 0.5)]  # is better at the other degree
+    cells = {(cell.source_r, cell.target_r): cell for cell in Report({}, runs, []).cells}
+    lost = cells[0, 0].plain - cells[0, 4].plain
+    gain = cells[0, 4].compensated["paper"].accuracy - cells[0, 4].plain
+    assert won_back(cells.values(), "paper") == pytest.approx((gain / lost, lost))
+    assert won_back([cells[4, 0], cells[4, 4]], "paper") is None
 
 
 def test_costs_fall_with_the_degree(pixel_values):

@@ -87,6 +87,9 @@ class Cell:
         plain, plain_se: Accuracy without compensation, in [0, 1], and its standard error.
         trained, trained_se: The same of the checkpoints trained at the target degree; `None` where there are none.
         gap, gap_se: `trained - plain`, and its standard error from the differences on each image.
+        lost, lost_se: The accuracy of the same checkpoints at their source degree minus `plain`, and its standard
+            error likewise; `None` where they did not run there. Plugins imitate the model at its source degree, so
+            this is what they can win back. Training at the target degree may bring less, or more.
         compensated: By the name of what picked the scale (see `pick_scales`), or by the fixed scale (`scale -0.1`).
             Empty where the degrees are equal.
     """
@@ -100,6 +103,8 @@ class Cell:
     trained_se: float | None
     gap: float | None
     gap_se: float | None
+    lost: float | None
+    lost_se: float | None
     compensated: dict[str, Compensated]
 
 
@@ -209,13 +214,15 @@ def summarize(runs: Sequence[CellRun]) -> list[Cell]:
     cells: dict[tuple[int, int], list[CellRun]] = defaultdict(list)
     for run in runs:
         cells[run.source_r, run.target_r].append(run)
-    trained = {source_r: _mean(run.plain for run in group) for (source_r, r), group in cells.items() if source_r == r}
-    return [_cell(group, trained.get(target_r)) for (_, target_r), group in sorted(cells.items())]
+    own = {source_r: _mean(run.plain for run in group) for (source_r, r), group in cells.items() if source_r == r}
+    return [_cell(group, own.get(target_r), own.get(source_r)) for (source_r, target_r), group in sorted(cells.items())]
 
 
-def _cell(group: list[CellRun], trained: torch.Tensor | None) -> Cell:
+def _cell(group: list[CellRun], trained: torch.Tensor | None, own: torch.Tensor | None) -> Cell:
     first, plain = group[0], _mean(run.plain for run in group)
-    gap = None if trained is None or first.source_r == first.target_r else estimate(trained - plain)
+    moved = first.source_r != first.target_r
+    gap = estimate(trained - plain) if trained is not None and moved else None
+    lost = estimate(own - plain) if own is not None and moved else None
     columns = {name: [run.picked[name] for run in group] for name in first.picked}
     columns |= {f"scale {scale:g}": [scale] * len(group) for scale in first.fixed}
     compensated = {}
@@ -224,7 +231,12 @@ def _cell(group: list[CellRun], trained: torch.Tensor | None) -> Cell:
         gain, gain_se = estimate(tocom - plain)
         closed = gain / gap[0] if gap is not None and gap[0] > 0 else None
         compensated[name] = Compensated(*estimate(tocom), gain, gain_se, closed, tuple(scales))
-    known = {"plain": estimate(plain), "trained": trained if trained is None else estimate(trained), "gap": gap}
+    known = {
+        "plain": estimate(plain),
+        "trained": trained if trained is None else estimate(trained),
+        "gap": gap,
+        "lost": lost,
+    }
     estimates: dict[str, Any] = {}
     for name, figures in known.items():
         estimates[name], estimates[f"{name}_se"] = figures or (None, None)

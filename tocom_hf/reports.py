@@ -94,6 +94,8 @@ class Report:
                 "trained_at_target": _percent(cell.trained),
                 "gap": _percent(cell.gap),
                 "gap_se": _percent(cell.gap_se),
+                "lost": _percent(cell.lost),
+                "lost_se": _percent(cell.lost_se),
                 "gflops": cost and round(cost.flops / 1e9, 3),
                 "images_per_second": cost and cost.images_per_second and round(cost.images_per_second, 1),
             }
@@ -172,6 +174,25 @@ def gap_closed(cells: Iterable[Cell], method: str) -> tuple[float, float] | None
     chosen = [cell for cell in cells if method in cell.compensated and cell.gap is not None]
     gap = sum(cell.gap for cell in chosen if cell.gap is not None)
     return (sum(cell.compensated[method].gain for cell in chosen) / gap, gap) if gap > 0 else None
+
+
+def won_back(cells: Iterable[Cell], method: str) -> tuple[float, float] | None:
+    """The share that a method wins back of what changing the degree costs, and that sum.
+
+    Only over cells that lose more than twice the standard error of it: where a model runs as well or better at the
+    target degree, plugins have nothing to bring back.
+
+    Returns:
+        Share and sum, as fractions; `None` where no cell loses that much.
+    """
+    chosen = [cell for cell in cells if method in cell.compensated and clearly_lost(cell)]
+    lost = sum(cell.lost for cell in chosen if cell.lost is not None)
+    return (sum(cell.compensated[method].gain for cell in chosen) / lost, lost) if chosen else None
+
+
+def clearly_lost(cell: Cell) -> bool:
+    """Whether changing the degree costs a cell more than twice the standard error of it."""
+    return cell.lost is not None and cell.lost_se is not None and cell.lost > 2 * cell.lost_se
 
 
 def plot_heat_map(report: Report, path: str | Path) -> None:

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoImageProcessor
 from tocom_hf import PluginSet
 from tocom_hf.config import CONFIG_NAME
 from tocom_hf.grid import Cell
-from tocom_hf.reports import Report, gap_closed
+from tocom_hf.reports import Report, clearly_lost, gap_closed, won_back
 
 
 HERE = Path(__file__).parent
@@ -226,8 +226,14 @@ def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: l
         "|---" * 12 + "|",
     ]
     changes = [
-        "| task | change | plain | trained at target | ToCom (0.05 to 0.15) | ToCom (no labels) | sign flipped |",
+        "| task | change | plain (over the source degree) | trained at target (over plain) | ToCom (0.05 to 0.15) "
+        "| ToCom (no labels) | sign flipped |",
         "|---" * 7 + "|",
+    ]
+    losses = [
+        "| task | cells with a clear loss | mean loss there | won back, ToCom (0.05 to 0.15) | ToCom (up to 0.3) "
+        "| ToCom (no labels) |",
+        "|---" * 6 + "|",
     ]
     groups: dict[str, list[Cell]] = {}
     for task in tasks:
@@ -245,10 +251,13 @@ def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: l
         moved = [cell for cell in joined.cells if cell.compensated]
         if any(cell.gap is not None for cell in moved):  # a checkpoint was trained at the target degree
             lines.append(summary_line(task, max(cell.checkpoints for cell in joined.cells), joined.cells))
+        losses.append(loss_line(task, moved))
         changes += [change_line(task, cell) for cell in moved]
         groups.setdefault(group_name(task), []).extend(moved)
         print(f"{task}\n{joined.markdown()}\n", flush=True)
     lines += [
+        "",
+        *losses,
         "",
         "| mean gain (cells below plain by more than one standard error) | cells | ToCom (0.05 to 0.15) "
         "| ToCom (up to 0.3) | ToCom (no labels) | sign flipped |",
@@ -285,9 +294,21 @@ def summary_line(task: str, seeds: int, cells: list[Cell]) -> str:
     return f"| {' | '.join(texts)} |"
 
 
+def loss_line(task: str, cells: list[Cell]) -> str:
+    """What changing the degree costs, and how much of that plugins win back."""
+    clear = [cell.lost for cell in cells if clearly_lost(cell) and cell.lost is not None]
+    texts = [task, f"{len(clear)} of {len(cells)}", f"{100 * mean(clear):.1f}" if clear else ""]
+    for method in METHODS:
+        share = won_back(cells, method) if all(method in cell.compensated for cell in cells) else None
+        texts.append(f"{100 * share[0]:.0f} %" if share else "")
+    return f"| {' | '.join(texts)} |"
+
+
 def change_line(task: str, cell: Cell) -> str:
-    """One cell off the diagonal: accuracies, gains over plain and the gap, in per cent."""
+    """One cell off the diagonal: accuracies, gains over plain, what was lost and the gap, in per cent."""
     texts = [f"{100 * cell.plain:.1f}", ""]
+    if cell.lost is not None and cell.lost_se is not None:
+        texts[0] += f" ({-100 * cell.lost:+.1f} ± {100 * cell.lost_se:.1f})"
     if cell.trained is not None and cell.gap is not None and cell.gap_se is not None:
         texts[1] = f"{100 * cell.trained:.1f} ({100 * cell.gap:+.1f} ± {100 * cell.gap_se:.1f})"
     for method in ("paper", "unlabelled", "scale -0.1"):
