@@ -32,6 +32,8 @@ def pick_scale(
     the features where there is no classifier), is measured for this model. With 0 among the scales the answer may be to
     merge without compensation.
 
+    Agreement is not accuracy: below `source_r` a model may be better as it is than at its own degree. Labels tell.
+
     Args:
         model: A model with plugins. It is left as it was; run at the answer with `model.set_target_r(target_r, scale)`.
         images: Samples with finished `pixel_values`, float `(channels, height, width)`; labels are not looked at.

@@ -51,7 +51,7 @@ class Style:
         background: Makes the canvas of a task, from its size in pixels.
         smooth: The same for the task that would drown in it.
         clutter: The canvas of a collage to distil on.
-        colour: What to draw in on the canvas of a task.
+        colour: What to draw in on a canvas, so that it can be seen.
         cloth: What colour clothing has among the images to distil on.
         picture: A drawing with its transparency as it is laid on a canvas.
         clothing: Share of Fashion-MNIST among the images to distil on.
@@ -372,7 +372,7 @@ def _letters(canvas: Image.Image, style: Style, generator: random.Random) -> Non
         reach = size * (0.1 if number == 1 else 0.45)
         shift = generator.uniform(-reach, reach), generator.uniform(-reach, reach)
         mask = mask.rotate(generator.uniform(-35, 35), Image.BICUBIC, translate=shift)
-        canvas.paste(style.cloth(generator), (0, 0), mask)
+        canvas.paste(style.colour(canvas, generator), (0, 0), mask)
 
 
 def _strokes(canvas: Image.Image, style: Style, generator: random.Random) -> None:
@@ -381,7 +381,7 @@ def _strokes(canvas: Image.Image, style: Style, generator: random.Random) -> Non
     number = generator.choice((1, 1, 2, 4, 8, 16, 40))
     kinds = ("polygon", "ellipse", "arc") if number == 1 else ("polygon", "ellipse", "arc", "line", "line")
     for _ in range(number):
-        colour, width = style.cloth(generator), generator.randint(2, 24)
+        colour, width = style.colour(canvas, generator), generator.randint(2, 24)
         points = [(generator.uniform(0, size), generator.uniform(0, size)) for _ in range(generator.randint(3, 5))]
         (left, right), (top, bottom) = (sorted(pair) for pair in zip(*points[:2], strict=True))
         match generator.choice(kinds):
@@ -454,7 +454,7 @@ STYLES = {
     # all colours on noise with short strokes
     "cluttered": Style(
         background=_scribbles, smooth=_background, clutter=_clutter, colour=_contrasting, cloth=_colour,
-        picture=lambda picture: picture, clothing=0.1,
+        picture=lambda picture: picture, clothing=0.1, marks=0.3,
     ),
     # as Fashion-MNIST: light grey on black
     "plain": Style(
@@ -463,4 +463,5 @@ STYLES = {
     ),
 }  # fmt: skip
 # the same tasks, and less variety to distil on
+STYLES["cluttered-no-marks"] = dataclasses.replace(STYLES["cluttered"], marks=0.0)
 STYLES["plain-no-marks"] = dataclasses.replace(STYLES["plain"], clothing=0.5, marks=0.0)
