@@ -255,8 +255,8 @@ def tabulate(config: dict, root: Path, results: Path, tasks: list[str], seeds: l
         changes += [change_line(task, cell) for cell in moved]
         groups.setdefault(group_name(task), []).extend(moved)
         print(f"{task}\n{joined.markdown()}\n", flush=True)
-    lines += [
-        "",
+    lines = [
+        *([*lines, ""] if len(lines) > 2 else []),
         *losses,
         "",
         "| mean gain (cells below plain by more than one standard error) | cells | ToCom (0.05 to 0.15) "
