@@ -190,7 +190,7 @@ def test_reading_is_tried_again_a_few_times():
 
     assert retry_while_saved(load) == "loaded"
     with pytest.raises(FolderChangedError):
-        retry_while_saved(lambda: tries.clear() or load())
+        retry_while_saved(lambda: tries.clear() or load(), attempts=5)
 
 
 def uniform(value, model):

@@ -106,15 +106,16 @@ def generation(folder: Path, probe: str) -> tuple[int, ...]:
     return facts.st_ino, facts.st_ctime_ns, facts.st_mtime_ns, facts.st_size
 
 
-def retry_while_saved(load: Callable[[], T], attempts: int = 20) -> T:
+def retry_while_saved(load: Callable[[], T], attempts: int = 100) -> T:
     """Call `load` again where a folder was saved anew while it was being read.
 
-    Between two attempts it waits for a random time, longer each time, so that it does not stay in step with a writer.
+    Between two attempts it waits for a random time, longer each time up to 0.1 s, so that it does not stay in step with
+    a writer. There are many of them: on a busy machine most loads of a folder that is saved all the time are overtaken.
     """
     for attempt in range(attempts - 1):
         with contextlib.suppress(FolderChangedError):
             return load()
-        time.sleep(random.uniform(0, 0.01 * (attempt + 1)))
+        time.sleep(random.uniform(0, min(0.1, 0.01 * (attempt + 1))))
     return load()
 
 
