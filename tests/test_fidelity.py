@@ -111,7 +111,9 @@ def test_rows_without_a_checkpoint_at_the_target_have_no_gap_to_sum(tmp_path):
         run.grid(tmp_path, "count", 4, 0)
     )
     run.tabulate({"degrees": [0, 4]}, tmp_path, tmp_path / "results", ["count"], [0])
-    assert "| count | 1 | " not in (tmp_path / "results" / "summary.md").read_text()
+    summary = (tmp_path / "results" / "summary.md").read_text()
+    assert "cells with a clear gap" not in summary  # not even an empty table
+    assert "| count | 1 of 1 |" in summary
     assert "| `count` | 4 to 0 |" in (tmp_path / "results" / "changes.md").read_text()
 
 
