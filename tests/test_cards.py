@@ -91,7 +91,11 @@ def test_an_agreement_grid_and_hardware_are_rendered(plugins):
 
 @pytest.mark.parametrize(
     ("objective", "measure", "loss"),
-    [("logits", "predicts the same class", "divergence"), ("features", "The cosine", "distance of their normalised")],
+    [
+        ("logits", "predicts the same class", "divergence"),
+        ("features", "The cosine", "distance of their normalised"),
+        ("hidden_states", "The cosine", "every layer but the first"),
+    ],
 )
 def test_the_card_says_what_was_compared(plugins, objective, measure, loss):
     grid = [[1.0, 0.75], [0.5, 1.0]]

@@ -10,7 +10,8 @@ import transformers as hf
 from conftest import make_model
 from families import FAMILIES
 
-from tocom_hf import ArgumentError, UnsupportedModelError
+from tocom_hf import ArgumentError, UnsupportedModelError, apply_tome, trace_tokens
+from tocom_hf.architectures import find_backbone
 from tocom_hf.inputs import model_inputs
 from tocom_hf.objectives import OBJECTIVES, find_objective
 
@@ -67,6 +68,77 @@ def test_images_of_another_size_are_taken_where_the_model_can():
     assert features.shape == (2, 1, 32)
 
 
+def states_of(model, images, r):
+    """The features of a model at degree r, and what its layers but the first read with each input token's position."""
+    read = []
+    norms = [layer.layernorm_before for layer in model.layers]
+    handles = [norm.register_forward_hook(lambda *call: read.append(call[2])) for norm in norms]
+    with trace_tokens(apply_tome(model, r)) as trace:
+        features = F.normalize(model(images).last_hidden_state[:, :1], dim=-1)
+    for handle in handles:
+        handle.remove()
+    return features, list(zip(read[1:], trace.positions[:-1], strict=True))
+
+
+def distance_slowly(teacher, student, protected):
+    """Of the tokens of one image at one layer, by a loop over the groups of the side that merged more."""
+    (target, into), (own, into_own) = teacher, student
+    groups = into_own if len(own) <= len(target) else into
+    means = [[], []]
+    for group in groups.unique():
+        members = (groups == group).nonzero().flatten().tolist()
+        for side, (tokens, positions) in zip(means, ((target, into), (own, into_own)), strict=True):
+            side.append(sum(tokens[positions[i]] for i in members) / len(members))
+    target, own = torch.stack(means[0]), torch.stack(means[1])
+    weights = torch.bincount(groups).double()
+    weights[:protected] = weights[protected:].sum() / protected  # half of the distance is theirs
+    squares = (target - own).square().sum(-1)
+    return (squares * weights).sum() / weights.sum() / target.square().sum(-1).mean()
+
+
+@pytest.mark.parametrize(("source_r", "target_r"), [(0, 4), (4, 0), (1, 3), (5, 2)])
+@pytest.mark.parametrize("protected", [1, 2])
+def test_hidden_states_are_compared_over_the_groups_of_the_coarser_side(source_r, target_r, protected):
+    model_class = hf.ViTModel if protected == 1 else hf.DeiTModel
+    config = make_model(hf.ViTForImageClassification if protected == 1 else hf.DeiTForImageClassification).config
+    torch.manual_seed(1)
+    model = model_class(config).eval().double()
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    sides = [OBJECTIVES["hidden_states"].outputs(apply_tome(model, r), images) for r in (source_r, target_r)]
+    features, layers = zip(*(states_of(model, images, r) for r in (source_r, target_r)), strict=True)
+    if protected == 2:
+        features = [side.features for side in sides]  # those of DeiT are tested above
+    terms = [(features[0] - features[1]).square().sum(-1).mean()]
+    for teacher, student in zip(*layers, strict=True):
+        images_of = zip(zip(*teacher, strict=True), zip(*student, strict=True), strict=True)
+        terms.append(sum(distance_slowly(*image, protected) for image in images_of) / 3)
+    loss = OBJECTIVES["hidden_states"].loss(*sides)
+    torch.testing.assert_close(loss.double(), sum(terms) / len(terms), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_hidden_states_of_every_family_differ_between_degrees_only(family):
+    model, inputs = family.make(), family.inputs()
+    images = next(value for name, value in inputs.items() if name in ("pixel_values", "input_values"))
+    objective = OBJECTIVES["hidden_states"]
+    teacher, same, student = (objective.outputs(apply_tome(model, r), images) for r in (0, 0, 2))
+    assert len(teacher.layers) == len(find_backbone(model).layers) - 1
+    assert objective.loss(teacher, same) == 0
+    assert objective.loss(teacher, student) > 0
+    assert not any(module._forward_hooks for module in find_backbone(model).layers.modules())
+
+
+def test_hidden_states_are_a_mean_over_images():
+    model, images = apply_tome(make_model(), 3), torch.randn(4, 3, 32, 32)
+    objective = OBJECTIVES["hidden_states"]
+
+    def loss(part):
+        teacher, student = (objective.outputs(apply_tome(model, r), images[part]) for r in (0, 3))
+        return objective.loss(teacher, student)
+
+    torch.testing.assert_close(loss(slice(0, 4)), (loss(slice(0, 1)) + 3 * loss(slice(1, 4))) / 4)
+
+
 def test_auto_goes_by_the_classifier():
     model = make_model()
     assert find_objective("auto", model).name == "logits"
@@ -75,7 +147,7 @@ def test_auto_goes_by_the_classifier():
 
 
 def test_wrong_objectives_are_refused():
-    with pytest.raises(ArgumentError, match="auto, logits, features"):
+    with pytest.raises(ArgumentError, match="auto, logits, features, hidden_states"):
         find_objective("labels", make_model())
     with pytest.raises(UnsupportedModelError, match="no classifier"):
         find_objective("logits", make_model().vit)

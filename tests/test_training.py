@@ -21,6 +21,7 @@ from test_distillation import Noise
 
 from tocom_hf.distillation import DistillationArguments, distill, hold_out
 from tocom_hf.errors import ArgumentError, CheckpointError, DatasetError, DistillationError, DistillationInterrupted
+from tocom_hf.objectives import OBJECTIVES
 
 
 TESTS = Path(__file__).parent
@@ -131,6 +132,18 @@ def test_sharded_weights_give_what_whole_ones_give(images, one_process, tmp_path
     run, plugins = command(tmp_path, "sharded", images, processes=2, arguments=arguments, shard=True)
     finish(start(run, tmp_path))
     assert distance(one_process, plugins) < 1e-4
+
+
+@pytest.mark.parametrize("objective", ["features", "hidden_states"])
+def test_what_lies_below_the_head_is_compared_on_sharded_weights(images, tmp_path, objective):
+    """Two processes with half of the batch and of the weights each; the model has a head, which is not run."""
+    plugins = []
+    for name, processes, shard in (("whole", 1, False), ("sharded", 2, True)):
+        settings = {"objective": objective, "per_device_train_batch_size": 8 // processes}
+        run, folder = command(tmp_path, name, images, processes=processes, arguments=settings, shard=shard)
+        finish(start(run, tmp_path))
+        plugins.append(folder)
+    assert distance(*plugins) < 1e-4
 
 
 def test_accumulation_gives_what_one_large_batch_gives(images, one_process, tmp_path):
@@ -318,10 +331,11 @@ def test_the_moving_average_is_that_of_the_formula(monkeypatch):
     torch.testing.assert_close(factors(plugins).double().square().sum(), total, rtol=1e-5, atol=0)
 
 
-def test_gradient_checkpointing_changes_nothing():
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradient_checkpointing_changes_nothing(objective):
     model = make_model()
-    plain = distill(make_model(), Noise(), arguments())
-    recomputed = distill(model, Noise(), arguments(gradient_checkpointing=True))
+    plain = distill(make_model(), Noise(), arguments(objective=objective))
+    recomputed = distill(model, Noise(), arguments(objective=objective, gradient_checkpointing=True))
     torch.testing.assert_close(factors(recomputed), factors(plain), rtol=1e-4, atol=1e-6)
     assert not model.is_activation_checkpointing
 
@@ -346,6 +360,16 @@ def test_features_of_a_backbone_are_distilled():
     assert plugins.config.training["objective"] == "features"
     by_distance = plugins.config.training["loss_by_distance"]
     assert set(by_distance) == {"1", "2", "3", "4"}
+
+
+def test_hidden_states_are_distilled():
+    """And judged by features, of which the plugins keep more."""
+    settings = {"objective": "hidden_states", "max_steps": 40, "learning_rate": 1.0, "eval_degrees": [0, 4]}
+    plugins = distill(make_model(), Noise(), arguments(**settings), eval_dataset=Noise(8))
+    assert plugins.config.training["objective"] == "hidden_states"
+    grid = plugins.config.training["agreement"]
+    assert grid["plain"][0][0] == pytest.approx(1, abs=1e-5)
+    assert grid["tocom"][0][1] > grid["plain"][0][1]
 
 
 def test_the_grid_is_recorded_and_shows_the_gain():

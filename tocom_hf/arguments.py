@@ -38,7 +38,7 @@ class DistillationArguments:
     rank: int = _argument(2, "Rank h of one plugin.")
     scale: float = _argument(0.1, "Factor s in front of the plugins during training.")
     lora_dropout: float = _argument(0.1, "Dropout probability between the two factors of a plugin.")
-    objective: str = _argument("auto", f"What teacher and student agree on: auto, {' or '.join(OBJECTIVES)}.")
+    objective: str = _argument("auto", f"What teacher and student are compared by: auto, {', '.join(OBJECTIVES)}.")
     proportional_attention: bool = _argument(True, "Add the log of token sizes to attention logits, as ToMe does.")
     source_r: int | None = _argument(None, "Degree of every teacher, for weights trained at it; default: any.")
     degree_sampler: str = _argument("uniform", "How degrees are drawn: uniform, adjacent or antithetic.")

@@ -173,17 +173,22 @@ class SelfDistiller:
         stock = type(model).__module__.startswith("transformers.") and not hasattr(model, "decoder")
         reads_class_tokens = stock and backbone.protected > 0 and not backbone.architecture.restore
         apply_tome(model, 0, class_tokens_only=reads_class_tokens)
-        # the plugins are no part of the model: they are small, and the same on every process
-        sharded = accelerator is not None and accelerator.distributed_type == DistributedType.FSDP
-        self.model: PreTrainedModel = accelerator.prepare(model) if sharded and accelerator is not None else model
-        if accelerator is not None and not sharded:
-            self.model.to(accelerator.device)  # type: ignore[arg-type]
+        # what is sharded must be what is called
+        self.model = objective.part(model)
         if accelerator is not None:
+            # the plugins are no part of the model: they are small, and the same on every process
             plugins.to(accelerator.device)
+            if accelerator.distributed_type == DistributedType.FSDP:
+                self.model = accelerator.prepare(self.model)
+            else:
+                model.to(accelerator.device)  # type: ignore[arg-type]
 
-    def run(
-        self, pixel_values: torch.Tensor, source_r: int, target_r: int, keys: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def judge(self, pixel_values: torch.Tensor, source_r: int, target_r: int) -> torch.Tensor:
+        """What agreement is measured by, of the run that `run` makes with these arguments."""
+        self._prepare(source_r, target_r, None)
+        return self.objective.judge.outputs(self.model, pixel_values)
+
+    def run(self, pixel_values: torch.Tensor, source_r: int, target_r: int, keys: torch.Tensor | None = None) -> Any:
         """What the objective compares, of the model at degree `target_r` with the chain from `source_r` to it.
 
         Args:
@@ -191,8 +196,7 @@ class SelfDistiller:
             source_r, target_r: The degrees; where they are equal, no plugin is used.
             keys: int64 `(batch,)`, keys of the images for dropout; `None` for no dropout.
         """
-        self.plugins.activate(source_r, target_r, keys)
-        apply_tome(self.model, target_r, proportional_attention=self.proportional_attention)
+        self._prepare(source_r, target_r, keys)
         return self.objective.outputs(self.model, pixel_values)
 
     def loss(
@@ -205,6 +209,10 @@ class SelfDistiller:
         with torch.no_grad():
             teacher = self.run(pixel_values, source_r, source_r)
         return self.objective.loss(teacher, self.run(pixel_values, source_r, target_r, keys))
+
+    def _prepare(self, source_r: int, target_r: int, keys: torch.Tensor | None) -> None:
+        self.plugins.activate(source_r, target_r, keys)
+        apply_tome(self.model, target_r, proportional_attention=self.proportional_attention)
 
 
 def hold_out(dataset: Any, count: int, seed: int = 0) -> tuple[Any, Subset]:

@@ -266,3 +266,33 @@ def restore_tokens(hidden_states: torch.Tensor, positions: torch.Tensor) -> torc
     batch, tokens, hidden = hidden_states.shape
     rows = torch.arange(batch, device=hidden_states.device).unsqueeze(1) * tokens
     return hidden_states.reshape(-1, hidden).index_select(0, (positions + rows).flatten()).view(batch, -1, hidden)
+
+
+def mean_over_groups(
+    hidden_states: torch.Tensor, positions: torch.Tensor, groups: torch.Tensor, num_groups: int
+) -> torch.Tensor:
+    """Means over groups of input tokens, where each stands for the token that it was merged into.
+
+    Args:
+        hidden_states: Floating `(batch, tokens, hidden)` behind a layer.
+        positions: Which of these tokens each input token is in, int64 `(batch, input tokens)`.
+        groups: Which group each input token is in, int64 `(batch, input tokens)`. Where these are the same tensor as
+            `positions`, the tokens are their own means.
+        num_groups: Number of groups, of which none is empty.
+
+    Returns:
+        `(batch, num_groups, hidden)`.
+    """
+    if groups is positions:
+        return hidden_states
+    hidden = hidden_states.shape[-1]
+    spread = hidden_states.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden))
+    sums = spread.new_zeros(spread.shape[0], num_groups, hidden)
+    sums = sums.scatter_add(1, groups.unsqueeze(-1).expand_as(spread), spread)
+    return sums / group_sizes(groups, num_groups).unsqueeze(-1).to(sums.dtype)
+
+
+def group_sizes(groups: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Number of input tokens in each group: float32 `(batch, num_groups)`."""
+    ones = torch.ones(groups.shape, device=groups.device)
+    return torch.zeros(groups.shape[0], num_groups, device=groups.device).scatter_add(1, groups, ones)

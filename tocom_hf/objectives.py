@@ -1,7 +1,7 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""What a distillation step compares between teacher and student: logits, or features where a backbone has no head."""
+"""What a distillation step compares between teacher and student: logits, features, or the tokens of every layer."""
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from .architectures import Backbone, find_backbone
 from .errors import ArgumentError, UnsupportedModelError
 from .inputs import model_inputs
+from .merging import group_sizes, mean_over_groups
+from .patching import trace_tokens
 
 
 class Objective(Protocol):
@@ -17,11 +19,27 @@ class Objective(Protocol):
 
     name: str
 
+    def part(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The part of a model that is run: all of it, or its backbone."""
+
+    def outputs(self, model: PreTrainedModel, pixel_values: torch.Tensor) -> Any:
+        """What the loss compares, of such a part."""
+
+    def loss(self, teacher: Any, student: Any) -> torch.Tensor:
+        """How far the student is from the teacher, the mean over images; zero where they agree."""
+
+    @property
+    def judge(self) -> "Judge":
+        """What agreement is measured by."""
+
+
+class Judge(Protocol):
+    """A way to say how well two runs of one model agree."""
+
+    name: str
+
     def outputs(self, model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
         """What is compared, with the batch as the first dimension."""
-
-    def loss(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-        """How far the student is from the teacher, the mean over images; zero where they agree."""
 
     def agreement(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
         """How well the student agrees with the teacher, in [0, 1] for each image: `(batch,)`."""
@@ -35,11 +53,18 @@ class Logits:
 
     name = "logits"
 
+    def part(self, model: PreTrainedModel) -> PreTrainedModel:
+        return model
+
     def outputs(self, model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
         return F.log_softmax(model(**model_inputs(model, pixel_values)).logits.float(), dim=-1)
 
     def loss(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
         return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+    @property
+    def judge(self) -> "Logits":
+        return self
 
     def agreement(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
         return (teacher.argmax(-1) == student.argmax(-1)).float()
@@ -54,6 +79,9 @@ class Features:
 
     name = "features"
 
+    def part(self, model: PreTrainedModel) -> PreTrainedModel:
+        return find_backbone(model).module
+
     def outputs(self, model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(batch, features, hidden size)`, of length 1 along the last dimension."""
         backbone = find_backbone(model)
@@ -63,11 +91,73 @@ class Features:
     def loss(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
         return (teacher - student).square().sum(-1).mean()
 
+    @property
+    def judge(self) -> "Features":
+        return self
+
     def agreement(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
         return (teacher * student).sum(-1).mean(-1)
 
 
-OBJECTIVES: dict[str, Objective] = {"logits": Logits(), "features": Features()}
+class LayerInputs(NamedTuple):
+    """The tokens that a layer reads.
+
+    Attributes:
+        hidden_states (`torch.Tensor` of shape `(batch, tokens, hidden size)`): Behind the layer's first norm.
+        positions (`torch.Tensor` of shape `(batch, input tokens)`): Which of them each token of the first layer is in.
+    """
+
+    hidden_states: torch.Tensor
+    positions: torch.Tensor
+
+
+class ModelTokens(NamedTuple):
+    """What `HiddenStates` compares: the features, what every layer but the first reads, and the number of tokens at the
+    front that never merge."""
+
+    features: torch.Tensor
+    layers: list[LayerInputs]
+    protected: int
+
+
+class HiddenStates:
+    """The distance of `Features`, and as much for the tokens that every layer but the first reads.
+
+    That says not only that a student is off, but from which layer on and for which tokens, so it takes fewer steps.
+    What a layer reads is behind its first norm, which takes care of the different magnitudes of layers and channels.
+    Teacher and student have merged different tokens: both are averaged over the groups of the one that has merged more.
+    A layer's distance is the squared one over the mean square length of the teacher's tokens, half of it that of the
+    class (distillation, register) tokens, half that of the patches, in which merged tokens weigh by size. Agreement is
+    that of `Features`.
+    """
+
+    name = "hidden_states"
+    judge = Features()
+
+    def part(self, model: PreTrainedModel) -> PreTrainedModel:
+        return self.judge.part(model)
+
+    def outputs(self, model: PreTrainedModel, pixel_values: torch.Tensor) -> ModelTokens:
+        backbone = find_backbone(model)
+        read: list[torch.Tensor] = []
+        norms = (getattr(layer, backbone.architecture.norm_before) for layer in list(backbone.layers)[1:])
+        handles = [norm.register_forward_hook(lambda module, args, output: read.append(output)) for norm in norms]
+        try:
+            with trace_tokens(model) as trace:
+                features = self.judge.outputs(model, pixel_values)
+        finally:
+            for handle in handles:
+                handle.remove()
+        layers = [LayerInputs(*pair) for pair in zip(read, trace.positions[:-1], strict=True)]
+        return ModelTokens(features, layers, backbone.protected)
+
+    def loss(self, teacher: ModelTokens, student: ModelTokens) -> torch.Tensor:
+        pairs = zip(teacher.layers, student.layers, strict=True)
+        distances = [_distance(*pair, teacher.protected) for pair in pairs]
+        return torch.stack([self.judge.loss(teacher.features, student.features), *distances]).mean()
+
+
+OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (Logits(), Features(), HiddenStates())}
 
 
 def find_objective(name: str, model: PreTrainedModel) -> Objective:
@@ -101,3 +191,19 @@ def _pooled(backbone: Backbone, outputs: Any) -> torch.Tensor:
     if pooled is not None:
         parts.insert(0, pooled)
     return torch.stack(parts, dim=1)
+
+
+def _distance(teacher: LayerInputs, student: LayerInputs, protected: int) -> torch.Tensor:
+    """How far the student's tokens are from the teacher's at one layer, the mean over images."""
+    groups, count = min(
+        ((tokens.positions, tokens.hidden_states.shape[1]) for tokens in (student, teacher)), key=lambda pair: pair[1]
+    )
+    target, own = (
+        mean_over_groups(tokens.hidden_states.float(), tokens.positions, groups, count) for tokens in (teacher, student)
+    )
+    squares = (target - own).square().sum(-1) / target.square().sum(-1).mean(dim=1, keepdim=True)
+    sizes = group_sizes(groups, count)[:, protected:]
+    patches = (squares[:, protected:] * sizes).sum(dim=1) / sizes.sum(dim=1)
+    if protected == 0:
+        return patches.mean()
+    return (squares[:, :protected].mean(dim=1) + patches).mean() / 2

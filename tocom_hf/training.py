@@ -140,8 +140,8 @@ class Training:
             for batch in loader
         )
         with self.accelerator.autocast():
-            agreement = self.distiller.objective.agreement
-            sums = agreement_sums(self.distiller.run, agreement, batches, sources, degrees, device)
+            agreement = self.distiller.objective.judge.agreement
+            sums = agreement_sums(self.distiller.judge, agreement, batches, sources, degrees, device)
         self.distiller.plugins.train()
         return agreement_grid(self.accelerator.reduce(sums, "sum"), sources, degrees)
 
