@@ -42,6 +42,7 @@ ABLATIONS = {
     "rank 1": {"rank": 1},
     "rank 8": {"rank": 8},
     "features instead of logits": {"objective": "features"},
+    "hidden states instead of logits": {"objective": "hidden_states"},
     "adjacent pairs": {"degree_sampler": "adjacent"},
     "antithetic pairs, half the steps": {"degree_sampler": "antithetic", "half": True},
     "trained on 0 to 8 only": {"degree_sampler": "only 0 to 8"},
