@@ -123,7 +123,7 @@ class ModelTokens(NamedTuple):
 class HiddenStates:
     """The distance of `Features`, and as much for the tokens that every layer but the first reads.
 
-    That says not only that a student is off, but from which layer on and for which tokens, so it takes fewer steps.
+    That says not only that a student is off, but from which layer on and for which tokens, which helps short trainings.
     What a layer reads is behind its first norm, which takes care of the different magnitudes of layers and channels.
     Teacher and student have merged different tokens: both are averaged over the groups of the one that has merged more.
     A layer's distance is the squared one over the mean square length of the teacher's tokens, half of it that of the
