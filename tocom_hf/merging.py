@@ -285,9 +285,8 @@ def mean_over_groups(
     """
     if groups is positions:
         return hidden_states
-    hidden = hidden_states.shape[-1]
-    spread = hidden_states.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden))
-    sums = spread.new_zeros(spread.shape[0], num_groups, hidden)
+    spread = restore_tokens(hidden_states, positions)
+    sums = spread.new_zeros(spread.shape[0], num_groups, spread.shape[-1])
     sums = sums.scatter_add(1, groups.unsqueeze(-1).expand_as(spread), spread)
     return sums / group_sizes(groups, num_groups).unsqueeze(-1).to(sums.dtype)
 
