@@ -88,7 +88,7 @@ def draw_accuracy(path: Path) -> None:
     for r, rate in zip(degrees, rates, strict=True):
         height = 100 * max(recorded["plain"][str(r)], recorded["tocom"][str(r)])
         axes.annotate(f"r = {r}", (rate, height), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=9)
-    axes.set_title(f"One checkpoint, 10,000 test images; {calibration.device}, batch 64", fontsize=9)
+    axes.set_title(f"One checkpoint, 10,000 test images\n{calibration.device}, batch 64", fontsize=9)
     axes.set(xlabel="images/s", ylabel="accuracy (%)")
     axes.margins(y=0.18)
     axes.legend(loc="lower left")

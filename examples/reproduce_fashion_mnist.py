@@ -1,9 +1,15 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """Make the embedded Fashion-MNIST default (checkpoint, plugin set, test images) from the raw data.
 
-Every stage skips what is already there and resumes where it was stopped, so the command can be repeated:
+Every stage skips what is already there and resumes where it was stopped, so the commands can be repeated. The first
+makes drawings, letters and strokes to distil on beside Fashion-MNIST (it says which Debian packages it needs):
 
-    python examples/reproduce_fashion_mnist.py --output_dir runs/fashion-mnist
+    python benchmarks/fidelity/run.py --config benchmarks/fidelity/study_a.json --stages data \\
+        --set 'style="plain-no-clothing"' distillation_images=13400 --output_dir runs/more-images
+    python examples/reproduce_fashion_mnist.py --more_images runs/more-images/data/distil.parquet \\
+        --output_dir runs/fashion-mnist
+
+With `--checkpoint examples/fashion_mnist/checkpoint` it makes the plugin set alone, for the checkpoint that is there.
 """
 
 import argparse
@@ -26,6 +32,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from tocom_hf import PluginSet, TocomModel
 from tocom_hf.config import CONFIG_NAME
+from tocom_hf.data import TrainingImages, load_images
 from tocom_hf.distillation import DistillationArguments, distill
 
 
@@ -34,6 +41,7 @@ VALIDATION = 2_000  # the last images of the training file, used to pick the sca
 TEST_IMAGES = 800  # the first images of the test file, which the repository carries
 DEGREES = (0, 2, 4, 6, 8)
 SCALES = (0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3)
+PROCESSOR = ViTImageProcessorPil(size={"height": 28, "width": 28})
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,8 +56,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=8, help="Epochs of training.")
     parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--plugin_epochs", type=int, default=4, help="Passes of distillation over the images.")
-    parser.add_argument("--plugin_lr", type=float, default=6.4e-2, help="Learning rate at a batch of 512.")
+    parser.add_argument("--checkpoint", help="A checkpoint to make plugins for, instead of training one.")
+    parser.add_argument(
+        "--more_images", help="Parquet file of other unlabelled images; every second view is a random part of one."
+    )
+    parser.add_argument("--plugin_steps", type=int, default=4000, help="Steps of distillation, of 64 views.")
+    parser.add_argument("--plugin_lr", type=float, default=3.2e-2, help="Learning rate at a batch of 512.")
     return parser.parse_args()
 
 
@@ -140,18 +152,29 @@ def train(model, images, labels, args: argparse.Namespace) -> ViTForImageClassif
     return model
 
 
-class Augmented(Dataset):
-    """Unlabelled training images, each in several random variants that depend on the seed alone."""
+class Views(Dataset):
+    """Random variants of unlabelled images, which depend on the seed alone.
 
-    def __init__(self, images: torch.Tensor, variants: int, seed: int):
-        generator = torch.Generator().manual_seed(seed)
-        self.images = torch.cat([augment(images, generator) for _ in range(variants)])
+    Args:
+        images: Fashion-MNIST, uint8 `(n, 28, 28)`, flipped and shifted as in training.
+        more: Other images, of which every second view shows a random part; or none.
+        count: Views to make.
+        seed: Decides them.
+    """
+
+    def __init__(self, images: torch.Tensor, more: TrainingImages | None, count: int, seed: int):
+        self.images, self.more, self.count, self.seed = images, more, count, seed
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self.count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"pixel_values": to_pixel_values(self.images[index][None])[0]}
+        values = np.random.default_rng((self.seed, index))
+        if self.more is not None and index % 2:
+            return {"pixel_values": self.more.view(index // 2 % len(self.more), values).float() / 127.5 - 1}
+        generator = torch.Generator().manual_seed(int(values.integers(2**63)))
+        chosen = int(values.integers(len(self.images)))
+        return {"pixel_values": to_pixel_values(augment(self.images[chosen][None], generator))[0]}
 
 
 def grid(model, plugins: PluginSet, images, labels, scale: float, degrees=DEGREES) -> dict[str, float]:
@@ -190,7 +213,6 @@ def export(model, plugins: PluginSet, args: argparse.Namespace) -> None:
         for degree in DEGREES
     ]  # fmt: skip
     plugins.config.training |= {
-        "dataset": f"Fashion-MNIST, 58,000 training images in {args.plugin_epochs} random variants each",
         "dataset_id": "zalando-datasets/fashion_mnist",
         "seed": args.seed,
         "held_out_mean_accuracy_by_scale": means,
@@ -199,7 +221,7 @@ def export(model, plugins: PluginSet, args: argparse.Namespace) -> None:
     print(json.dumps(plugins.config.training, indent=2))
     plugins.save_pretrained(args.output_dir / "tocom-vit-fashion-mnist")
     TocomModel.from_pretrained(model, source_r=0).save_pretrained(args.output_dir / "checkpoint")
-    ViTImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(args.output_dir / "checkpoint")
+    PROCESSOR.save_pretrained(args.output_dir / "checkpoint")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=LABELS)})
     chosen = {
         "image": [Image.fromarray(image.numpy()) for image in test_images[:TEST_IMAGES]],
@@ -208,23 +230,48 @@ def export(model, plugins: PluginSet, args: argparse.Namespace) -> None:
     datasets.Dataset.from_dict(chosen, features=features).to_parquet(args.output_dir / "test.parquet")
 
 
+def make_plugins(
+    model: ViTForImageClassification, images: torch.Tensor, folder: Path, args: argparse.Namespace
+) -> None:
+    """Distil on features: they serve other tasks better than the logits of this one."""
+    settings = DistillationArguments(
+        output_dir=str(folder),
+        objective="features",
+        max_r=DEGREES[-1],
+        lora_dropout=0.0,
+        num_train_epochs=1,
+        per_device_train_batch_size=64,
+        learning_rate=args.plugin_lr,
+        ema_decay=0.99,
+        min_crop=0.25,
+        save_steps=500,
+        resume_from_checkpoint="latest",
+        seed=args.seed,
+    )
+    more, dataset = None, f"{len(images):,} training images of Fashion-MNIST"
+    if args.more_images is not None:
+        more = TrainingImages(load_images(args.more_images), PROCESSOR, min_crop=settings.min_crop, flip=settings.flip)
+        dataset += f", and {len(more):,} of drawings, letters and strokes, half of the views each"
+    views = Views(images, more, args.plugin_steps * settings.per_device_train_batch_size, args.seed)
+    facts = {"dataset": dataset}
+    plugins = distill(
+        model, views, settings, Accelerator(cpu=True), base_model="vit-fashion-mnist", training_facts=facts
+    )
+    plugins.save_pretrained(folder)
+
+
 def main() -> None:
     args = parse_args()
     set_seed(args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     images, labels = load_split(args.data_dir, "train")
-    model = train(make_model(), images, labels, args)
+    if args.checkpoint is None:
+        model = train(make_model(), images, labels, args)
+    else:
+        model = ViTForImageClassification.from_pretrained(args.checkpoint)
     folder = args.output_dir / "distilled"
     if not (folder / CONFIG_NAME).exists():
-        settings = DistillationArguments(
-            max_r=DEGREES[-1],
-            num_train_epochs=1,
-            per_device_train_batch_size=64,
-            learning_rate=args.plugin_lr,
-            seed=args.seed,
-        )
-        data = Augmented(images[:-VALIDATION], args.plugin_epochs, args.seed)
-        distill(model, data, settings, Accelerator(cpu=True), base_model="vit-fashion-mnist").save_pretrained(folder)
+        make_plugins(model, images[:-VALIDATION], folder, args)
     export(model, PluginSet.from_pretrained(folder), args)
 
 

@@ -57,9 +57,9 @@ def test_the_card_of_the_embedded_set_holds_its_measured_grid():
     assert (data.library_name, data.license) == ("tocom-hf", "apache-2.0")
     assert data.datasets == ["zalando-datasets/fashion_mnist"]
     found = {result.metric_name: result.metric_value for result in data.eval_results}
-    assert found["accuracy, source_r=0, target_r=8, with ToCom"] == 0.8925
+    assert found["accuracy, source_r=0, target_r=8, with ToCom"] == 0.8905
     assert found["accuracy, source_r=0, target_r=8, token merging alone"] == 0.8709
-    assert "| with ToCom, scale 0.12 | 90.41 | 90.42 | 90.19 | 89.90 | 89.25 |" in card.text
+    assert "| with ToCom, scale 0.08 | 90.41 | 90.45 | 90.31 | 89.99 | 89.05 |" in card.text
     assert "standard error is 0.3 percentage points" in card.text
 
 
@@ -77,7 +77,8 @@ def test_what_is_not_recorded_is_left_out(plugins):
 
 def test_an_agreement_grid_and_hardware_are_rendered(plugins):
     plugins.config.training = {
-        "dataset": "org/images", "hardware": "8 x H100", "learning_rate": 0.001,
+        "dataset": "org/images", "hardware": "8 x H100", "learning_rate": 0.001, "max_steps": None,
+        "loss_by_distance": {"1-2": 0.03742130713896897},
         "agreement": {"degrees": [0, 2], "plain": [[1.0, 0.75], [0.5, 1.0]], "tocom": [[1.0, 0.875], [0.625, 1.0]]},
     }  # fmt: skip
     card = plugin_set_card(plugins.config, "user/set", figure="agreement.png")
@@ -86,6 +87,8 @@ def test_an_agreement_grid_and_hardware_are_rendered(plugins):
     assert "![Agreement between degrees](agreement.png)" in card.text
     assert "Hardware: 8 x H100." in card.text
     assert "| learning_rate | 0.001 |" in card.text
+    assert "| loss_by_distance | 1-2: 0.0374213 |" in card.text
+    assert "max_steps" not in card.text  # an option that was not used
     assert card.data.datasets == ["org/images"]
 
 

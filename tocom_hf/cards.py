@@ -79,7 +79,7 @@ def plugin_set_card(
         **_agreement(training.get("agreement")),
         figure=figure,
         objective=training.get("objective"),
-        recipe=[(key, value) for key, value in training.items() if key not in _NOT_RECIPE],
+        recipe=[(key, value) for key, value in training.items() if key not in _NOT_RECIPE and value is not None],
         hardware=training.get("hardware"),
     )
 
@@ -205,9 +205,14 @@ def _is_hub_id(name: Any, *, namespace: bool = False) -> bool:
 def _cell(value: Any) -> str:
     """A value in one cell of a Markdown table."""
     if isinstance(value, dict):
-        value = ", ".join(f"{key}: {entry}" for key, entry in value.items())
-    text = "not recorded" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        text = ", ".join(f"{key}: {_text(entry)}" for key, entry in value.items())
+    else:
+        text = _text(value)
     return re.sub(r"\s+", " ", text).replace("|", r"\|").replace("<", "&lt;")
+
+
+def _text(value: Any) -> str:
+    return "not recorded" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _percent(value: float, digits: int = 2) -> str:

@@ -465,3 +465,5 @@ STYLES = {
 # the same tasks, and less variety to distil on
 STYLES["cluttered-no-marks"] = dataclasses.replace(STYLES["cluttered"], marks=0.0)
 STYLES["plain-no-marks"] = dataclasses.replace(STYLES["plain"], clothing=0.5, marks=0.0)
+# what the embedded plugin set is distilled on, beside Fashion-MNIST itself
+STYLES["plain-no-clothing"] = dataclasses.replace(STYLES["plain"], clothing=0.0, marks=0.5)
