@@ -1,15 +1,18 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """Make the embedded Fashion-MNIST default (checkpoint, plugin set, test images) from the raw data.
 
-Every stage skips what is already there and resumes where it was stopped, so the commands can be repeated. The first
-makes drawings, letters and strokes to distil on beside Fashion-MNIST (it says which Debian packages it needs):
+Training and distillation skip what is there and resume where they were stopped, so the commands can be repeated. The
+first makes the drawings, letters and strokes that every second view of the shipped set shows:
 
+    apt-get install tuxpaint-stamps-default openclipart-png dataset-fashion-mnist \\
+        fonts-dejavu-extra fonts-freefont-ttf fonts-urw-base35
     python benchmarks/fidelity/run.py --config benchmarks/fidelity/study_a.json --stages data \\
         --set 'style="plain-no-clothing"' distillation_images=13400 --output_dir runs/more-images
     python examples/reproduce_fashion_mnist.py --more_images runs/more-images/data/distil.parquet \\
         --output_dir runs/fashion-mnist
 
 With `--checkpoint examples/fashion_mnist/checkpoint` it makes the plugin set alone, for the checkpoint that is there.
+`examples/push_to_hub.py --card_only` writes its card.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import gzip
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import datasets
@@ -28,12 +32,19 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from PIL import Image
 from torch.utils.data import Dataset
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, get_cosine_schedule_with_warmup
+from transformers import (
+    AutoConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    get_cosine_schedule_with_warmup,
+)
 
-from tocom_hf import PluginSet, TocomModel
+from tocom_hf import PluginSet, TocomError, TocomModel
 from tocom_hf.config import CONFIG_NAME
 from tocom_hf.data import TrainingImages, load_images
 from tocom_hf.distillation import DistillationArguments, distill
+from tocom_hf.errors import DistillationInterrupted
 
 
 LABELS = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle-boot"]
@@ -41,6 +52,7 @@ VALIDATION = 2_000  # the last images of the training file, used to pick the sca
 TEST_IMAGES = 800  # the first images of the test file, which the repository carries
 DEGREES = (0, 2, 4, 6, 8)
 SCALES = (0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3)
+FILES = [f"{split}-{name}-ubyte.gz" for split in ("train", "t10k") for name in ("images-idx3", "labels-idx1")]
 PROCESSOR = ViTImageProcessorPil(size={"height": 28, "width": 28})
 
 
@@ -56,13 +68,54 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=8, help="Epochs of training.")
     parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--checkpoint", help="A checkpoint to make plugins for, instead of training one.")
     parser.add_argument(
-        "--more_images", help="Parquet file of other unlabelled images; every second view is a random part of one."
+        "--checkpoint", type=Path, help="Folder of a checkpoint to make plugins for, instead of training one."
+    )
+    parser.add_argument(
+        "--more_images",
+        type=Path,
+        help="Parquet file of drawings, letters and strokes; every second view is a random part of one.",
     )
     parser.add_argument("--plugin_steps", type=int, default=4000, help="Steps of distillation, of 64 views.")
     parser.add_argument("--plugin_lr", type=float, default=3.2e-2, help="Learning rate at a batch of 512.")
-    return parser.parse_args()
+    args = parser.parse_args()
+    problem = wrong_input(args) or other_settings(args)
+    if problem:
+        parser.error(problem)
+    return args
+
+
+def wrong_input(args: argparse.Namespace) -> str | None:
+    """What would stop the run hours later."""
+    for path in (*(args.data_dir / name for name in FILES), args.more_images):
+        if path is not None and not path.is_file():
+            return f"There is no file {path}."
+    if args.checkpoint is not None:
+        if not (args.checkpoint / "config.json").is_file():
+            return f"There is no checkpoint in {args.checkpoint}: it has no config.json."
+        config = AutoConfig.from_pretrained(args.checkpoint)
+        if not (config.model_type == "vit" and config.image_size == 28 and config.num_labels == len(LABELS)):
+            return f"{args.checkpoint} is no ViT for the 28 px and the ten classes of Fashion-MNIST."
+        if getattr(config, "tocom", {"source_r": 0})["source_r"] != 0:
+            return f"{args.checkpoint} was trained while merging tokens; the figures recorded are those of r = 0."
+    return None
+
+
+def other_settings(args: argparse.Namespace) -> str | None:
+    """What differs from the run that is to go on, whose stages are not done anew. Notes the settings of a new one."""
+    names = ("seed", "epochs", "batch_size", "checkpoint", "more_images", "plugin_steps", "plugin_lr")
+    settings = {name: getattr(args, name) for name in names}
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    noted = args.output_dir / "settings.json"
+    if noted.is_file():
+        before = json.loads(noted.read_text(encoding="utf-8"))
+        changed = [f"--{name} {before.get(name)}" for name in names if before.get(name) != settings[name]]
+        if changed:
+            return f"{args.output_dir} was begun with {', '.join(changed)}. Use that, or another output_dir."
+    else:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        noted.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return None
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -196,7 +249,7 @@ def pick_scale(model, plugins: PluginSet, images, labels) -> tuple[float, dict[s
 
 
 def export(model, plugins: PluginSet, args: argparse.Namespace) -> None:
-    """Write the three things that the repository carries, with the figures on all 10,000 test images."""
+    """Write what the repository carries, with the figures on all 10,000 test images."""
     images, labels = load_split(args.data_dir, "train")
     scale, means = pick_scale(model, plugins, images[-VALIDATION:], labels[-VALIDATION:])
     test_images, test_labels = load_split(args.data_dir, "t10k")
@@ -214,12 +267,13 @@ def export(model, plugins: PluginSet, args: argparse.Namespace) -> None:
     ]  # fmt: skip
     plugins.config.training |= {
         "dataset_id": "zalando-datasets/fashion_mnist",
-        "seed": args.seed,
         "held_out_mean_accuracy_by_scale": means,
         "test_accuracy": {"plain": plain, "tocom": tocom, "tocom_sign_flipped": flipped},
     }
     print(json.dumps(plugins.config.training, indent=2))
     plugins.save_pretrained(args.output_dir / "tocom-vit-fashion-mnist")
+    if args.checkpoint is not None:
+        return
     TocomModel.from_pretrained(model, source_r=0).save_pretrained(args.output_dir / "checkpoint")
     PROCESSOR.save_pretrained(args.output_dir / "checkpoint")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=LABELS)})
@@ -227,7 +281,9 @@ def export(model, plugins: PluginSet, args: argparse.Namespace) -> None:
         "image": [Image.fromarray(image.numpy()) for image in test_images[:TEST_IMAGES]],
         "label": test_labels[:TEST_IMAGES].tolist(),
     }
-    datasets.Dataset.from_dict(chosen, features=features).to_parquet(args.output_dir / "test.parquet")
+    part = args.output_dir / "test.parquet.part"
+    datasets.Dataset.from_dict(chosen, features=features).to_parquet(part)
+    os.replace(part, args.output_dir / "test.parquet")
 
 
 def make_plugins(
@@ -248,12 +304,14 @@ def make_plugins(
         resume_from_checkpoint="latest",
         seed=args.seed,
     )
-    more, dataset = None, f"{len(images):,} training images of Fashion-MNIST"
+    more, count, dataset = None, len(images), f"{len(images):,} training images of Fashion-MNIST, flipped and shifted"
     if args.more_images is not None:
-        more = TrainingImages(load_images(args.more_images), PROCESSOR, min_crop=settings.min_crop, flip=settings.flip)
-        dataset += f", and {len(more):,} of drawings, letters and strokes, half of the views each"
+        found = load_images(str(args.more_images))
+        more = TrainingImages(found, PROCESSOR, min_crop=settings.min_crop, flip=settings.flip)
+        dataset += f", and random parts of {len(more):,} drawings, letters and strokes, half of the views each"
+        count += len(more)
     views = Views(images, more, args.plugin_steps * settings.per_device_train_batch_size, args.seed)
-    facts = {"dataset": dataset}
+    facts = {"dataset": dataset, "num_images": count, "num_views": len(views)}
     plugins = distill(
         model, views, settings, Accelerator(cpu=True), base_model="vit-fashion-mnist", training_facts=facts
     )
@@ -263,7 +321,6 @@ def make_plugins(
 def main() -> None:
     args = parse_args()
     set_seed(args.seed)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     images, labels = load_split(args.data_dir, "train")
     if args.checkpoint is None:
         model = train(make_model(), images, labels, args)
@@ -276,4 +333,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DistillationInterrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.signum)
+    except TocomError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

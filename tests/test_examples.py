@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from tocom_hf import PluginSet, TocomModel, apply_tome, save_composite
 from tocom_hf.data import TrainingImages, load_images, with_pixel_values
@@ -93,10 +93,31 @@ def test_a_shipped_chain_as_one_peft_adapter(batch, tmp_path):
     torch.testing.assert_close(logits(composed, pixel_values), logits(model, pixel_values), rtol=1e-5, atol=1e-5)
 
 
-def test_the_views_that_the_shipped_set_is_distilled_on(monkeypatch):
+@pytest.fixture
+def script(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import reproduce_fashion_mnist as script
+    import reproduce_fashion_mnist
 
+    return reproduce_fashion_mnist
+
+
+@pytest.fixture
+def reproduce(script, tmp_path, monkeypatch):
+    """The script up to where it reads its data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in script.FILES:
+        (tmp_path / "data" / name).touch()
+
+    def parse(*arguments):
+        command = ["reproduce_fashion_mnist.py", "--data_dir", "data", "--output_dir", "out", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        return script.parse_args()
+
+    return parse
+
+
+def test_the_views_that_the_shipped_set_is_distilled_on(script):
     images = load_images(str(IMAGES), split="test", max_samples=3)
     own = torch.full((5, 28, 28), 255, dtype=torch.uint8)  # white, but for what a shift brings in
     more = TrainingImages(images, script.PROCESSOR, min_crop=1.0, flip=0.0)
@@ -117,6 +138,35 @@ def test_the_views_that_the_shipped_set_is_distilled_on(monkeypatch):
     assert any(not torch.equal(other[index]["pixel_values"], values[index]) for index in range(12))
     alone = script.Views(own, None, 4, seed=0)
     assert all(alone[index]["pixel_values"][:, 2:-2, 2:-2].eq(1).all() for index in range(4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--more_images", "none.parquet"], "There is no file none.parquet"),
+        (["--checkpoint", "none"], "There is no checkpoint in none"),
+        (["--checkpoint", "other"], "no ViT for the 28 px"),
+        (["--checkpoint", "merging"], "trained while merging"),
+    ],
+)
+def test_reproducing_finds_wrong_input_at_once(tmp_path, monkeypatch, capsys, reproduce, arguments, message):
+    for name, changes in (("other", {"image_size": 224}), ("merging", {"tocom": {"source_r": 4, "target_r": 4}})):
+        config = AutoConfig.from_pretrained(CHECKPOINT)
+        config.update(changes)
+        config.save_pretrained(tmp_path / name)
+    with pytest.raises(SystemExit):
+        reproduce(*arguments)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_reproducing_goes_on_with_the_same_settings_only(tmp_path, capsys, reproduce):
+    assert reproduce("--plugin_steps", "7").plugin_steps == 7
+    assert reproduce("--plugin_steps", "7").plugin_steps == 7
+    with pytest.raises(SystemExit):
+        reproduce("--checkpoint", CHECKPOINT)
+    errors = capsys.readouterr().err
+    assert "out was begun with --checkpoint None, --plugin_steps 7" in errors
 
 
 def test_quickstart_prints_its_table_and_writes_its_plot(tmp_path):
