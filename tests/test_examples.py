@@ -149,7 +149,7 @@ def test_the_views_that_the_shipped_set_is_distilled_on(script):
         (["--checkpoint", "merging"], "trained while merging"),
     ],
 )
-def test_reproducing_finds_wrong_input_at_once(tmp_path, monkeypatch, capsys, reproduce, arguments, message):
+def test_reproducing_finds_wrong_input_at_once(tmp_path, capsys, reproduce, arguments, message):
     for name, changes in (("other", {"image_size": 224}), ("merging", {"tocom": {"source_r": 4, "target_r": 4}})):
         config = AutoConfig.from_pretrained(CHECKPOINT)
         config.update(changes)
