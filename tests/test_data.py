@@ -95,6 +95,11 @@ def test_a_split_that_is_not_there_is_named(image_folder):
         load_images(image_folder, split="validation")
 
 
-def test_a_data_set_that_is_not_there_is_named():
-    with pytest.raises(DatasetError, match="no/such/folder"):
-        load_images("no/such/folder")
+@pytest.mark.parametrize("name", ["no/such/folder", "mistyped.parquet", "./images", "/no/such.parquet"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name, monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DatasetError, match=f"There is no file or folder '{name}'"):
+        load_images(name)

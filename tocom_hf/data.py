@@ -11,6 +11,8 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
@@ -55,6 +57,11 @@ def load_images(
 
     ```
     """
+    if _is_path(str(name)) and not Path(name).exists():
+        raise DatasetError(
+            f"There is no file or folder {name!r}. Give the path of a folder of images or parquet files, or of one "
+            "parquet file, or the name of a data set on the Hub."
+        )
     try:
         if Path(name).is_file():
             data_files = {split.partition("[")[0]: str(name)}
@@ -88,6 +95,17 @@ def load_images(
     if not streaming and len(loaded) == 0:
         raise DatasetError(f"The split {split!r} of the data set {name!r} is empty.")
     return loaded.select_columns([column for column in (image_column, label_column) if column])
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name cannot be that of a data set on the Hub: a parquet file, or what no repository may be called."""
+    if "://" in name:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return name.endswith(".parquet")
 
 
 def with_pixel_values(
