@@ -45,6 +45,9 @@ class ScriptArguments:
     image_size: int | None = field(default=None, metadata={"help": "Height and width, if not the processor's."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
     mixed_precision: str | None = field(default=None, metadata={"help": "no, fp16 or bf16; default: accelerate's."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Of transformers: sdpa, eager, flash_attention_2, ...; default: its choice."}
+    )
     report_to: str | None = field(default=None, metadata={"help": "Tracker of Accelerate, e.g. tensorboard."})
 
 
@@ -74,7 +77,11 @@ def load_model(script: ScriptArguments) -> transformers.PreTrainedModel:
         model_class = transformers.AutoModel
     settings = {"mask_ratio": 0.0} if config.model_type == "vit_mae" else {}
     return model_class.from_pretrained(
-        script.model_name_or_path, revision=script.model_revision, dtype=torch.float32, **settings
+        script.model_name_or_path,
+        revision=script.model_revision,
+        dtype=torch.float32,
+        attn_implementation=script.attn_implementation,
+        **settings,
     )
 
 

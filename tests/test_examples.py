@@ -213,13 +213,15 @@ def test_distil_on_one_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     code, output, errors = run(
         ROOT / "examples/distill.py", "--init_plugins", PLUGINS, "--source_r", 0,
-        "--max_r", 8, "--max_steps", 3, "--model_name_or_path", CHECKPOINT, "--dataset_name", IMAGES,
+        "--max_r", 8, "--max_steps", 3, "--attn_implementation", "eager",
+        "--model_name_or_path", CHECKPOINT, "--dataset_name", IMAGES,
         "--dataset_split", "test", "--max_train_samples", 64, "--per_device_train_batch_size", 16,
         "--eval_degrees", 4, 8, "--output_dir", tmp_path / "set", cwd=tmp_path,
     )  # fmt: skip
     assert code == 0, errors
     config = PluginSet.from_pretrained(tmp_path / "set").config
     assert (config.source_r, config.max_r) == (0, 8)
+    assert config.training["attn_implementation"] == "eager"
     assert config.training["init_plugins"]["steps"] == PluginSet.from_pretrained(PLUGINS).config.training["steps"]
     assert len(config.training["agreement"]["plain"]) == 1
     assert [line.split()[0] for line in output.splitlines() if ">" in line] == ["0"]

@@ -138,6 +138,7 @@ def distill(
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "num_processes": accelerator.num_processes,
             "mixed_precision": accelerator.mixed_precision,
+            "attn_implementation": model.config._attn_implementation,
             "hardware": describe_device(accelerator.device),
             "num_images": num_images,
             "init_plugins": None if init_plugins is None else _origin(init_plugins),
