@@ -9,8 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from test_grid import make_run
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from tocom_hf import TocomModel
 from tocom_hf.reports import Cost, Report
@@ -25,7 +33,7 @@ CHECKPOINT = Path(__file__).parent.parent / "examples" / "fashion_mnist" / "chec
 def path(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    for name in ("images", "linear", "probe", "run"):
+    for name in ("halve_patches", "images", "linear", "probe", "run"):
         sys.modules.pop(name, None)
 
 
@@ -225,3 +233,47 @@ def test_linear_heads_are_fitted_to_what_the_head_reads(tmp_path, monkeypatch):
     frozen = AutoModelForImageClassification.from_pretrained(CHECKPOINT)
     for name, weight in frozen.vit.state_dict().items():
         assert torch.equal(weight, model.vit.state_dict()[name]), name
+
+
+def test_a_halved_patch_answers_as_its_enlargement_did():
+    import halve_patches
+
+    generator = torch.Generator().manual_seed(0)
+    weight, patch = torch.randn(5, 3, 4, 4, generator=generator), torch.randn(1, 3, 2, 2, generator=generator)
+    enlarged = np.stack(
+        [np.asarray(Image.fromarray(channel.numpy()).resize((4, 4), Image.BILINEAR)) for channel in patch[0]]
+    )
+    expected = F.conv2d(torch.tensor(enlarged)[None], weight)
+    torch.testing.assert_close(F.conv2d(patch, halve_patches.patch_projection(weight)), expected)
+
+
+def test_halved_patches_give_four_times_the_tokens_in_the_same_places():
+    import halve_patches
+
+    model = ViTForImageClassification.from_pretrained(CHECKPOINT)
+    with torch.no_grad():  # every position holds its row and column
+        table = model.vit.embeddings.position_embeddings
+        table[0, 1:] = 0
+        table[0, 1:, 0], table[0, 1:, 1] = torch.arange(49) // 7, torch.arange(49) % 7
+    finer = halve_patches.halve_patches(model)
+    positions = finer.vit.embeddings.position_embeddings[0, 1:, :2].unflatten(0, (14, 14))
+    centres = (torch.arange(14) - 0.5) / 2  # of the halved patches, in widths of the old ones
+    inside = slice(4, 10)  # where the interpolation does not meet the border
+    near = {"rtol": 0, "atol": 0.05}  # a bicubic interpolation is not exact on a slope
+    torch.testing.assert_close(positions[inside, inside, 0], centres[inside, None].expand(6, 6), **near)
+    torch.testing.assert_close(positions[inside, inside, 1], centres[inside].expand(6, 6), **near)
+    torch.testing.assert_close(finer.vit.embeddings.position_embeddings[0, 0], table[0, 0])
+    tokens = finer.vit(torch.zeros(1, 3, 28, 28)).last_hidden_state
+    assert tokens.shape == (1, 197, 64)
+    assert not hasattr(finer.config, "tocom")
+    assert model.config.patch_size == 4
+
+
+def test_an_odd_patch_cannot_be_halved():
+    import halve_patches
+
+    model = ViTForImageClassification(
+        ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, patch_size=7)
+    )
+    with pytest.raises(ValueError, match="7 pixels"):
+        halve_patches.halve_patches(model)
