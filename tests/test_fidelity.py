@@ -33,7 +33,7 @@ CHECKPOINT = Path(__file__).parent.parent / "examples" / "fashion_mnist" / "chec
 def path(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    for name in ("halve_patches", "images", "linear", "probe", "run"):
+    for name in ("halve_patches", "images", "linear", "mix", "pretrain", "probe", "run"):
         sys.modules.pop(name, None)
 
 
@@ -277,3 +277,84 @@ def test_an_odd_patch_cannot_be_halved():
     )
     with pytest.raises(ValueError, match="7 pixels"):
         halve_patches.halve_patches(model)
+
+
+def test_shapes_depend_on_the_seed_alone_and_dots_are_counted():
+    import mix
+
+    first, same, other = ([mix.shape(generator) for _ in range(120)] for generator in map(random.Random, (0, 0, 1)))
+    assert [(image.tobytes(), label) for image, label in first] == [(image.tobytes(), label) for image, label in same]
+    assert [label for _, label in first] != [label for _, label in other]
+    assert {label for _, label in first} == set(range(len(mix.SHAPES)))
+    for image, label in first:
+        kind, _, number = mix.SHAPES[label].partition(" ")
+        mask = np.asarray(image.convert("L")) > 0
+        if kind == "dots":
+            assert components(mask) == int(number)
+        elif kind in ("ellipse", "ring", "arc", "cross", "star"):
+            assert components(mask) == 1
+        assert not any(edge.any() for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1])) or kind not in (
+            "dots",
+            "arc",
+        )
+
+
+def test_images_are_shifted_and_only_mirrored_where_that_is_allowed():
+    import pretrain
+
+    image = torch.zeros(28, 28, dtype=torch.uint8)
+    image[10:14, 8:10], image[10, 8:16] = 200, 100  # not its own mirror image
+    images = image.expand(300, 28, 28)
+    shifted = {
+        (mirrored, rows, columns): torch.roll(image.flip(-1) if mirrored else image, (rows, columns), (0, 1))
+        for mirrored in (False, True)
+        for rows in range(-2, 3)
+        for columns in range(-2, 3)
+    }
+    for mirrored in (False, True):
+        made = pretrain.augment(images, mirrored, torch.Generator().manual_seed(0))
+        found = {key for view in made for key, expected in shifted.items() if torch.equal(view, expected)}
+        assert all(any(torch.equal(view, expected) for expected in shifted.values()) for view in made)
+        assert {key[0] for key in found} == {False, mirrored}
+        assert {key[1:] for key in found} == {(rows, columns) for rows in range(-2, 3) for columns in range(-2, 3)}
+
+
+def test_pre_training_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    import mix
+    import pretrain
+
+    values = np.random.default_rng(0)
+    groups = {
+        name: mix.Group(values.integers(0, 256, (60, 28, 28), dtype=np.uint8), values.integers(0, 3, 60), list("abc"))
+        for name in pretrain.BATCH
+    }
+    monkeypatch.setattr(pretrain, "make_mix", lambda: groups)
+    monkeypatch.setattr(pretrain, "HELD_OUT", 10)
+    monkeypatch.setattr(pretrain, "SAVE_STEPS", 2)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=28, patch_size=7
+    )
+    torch.manual_seed(0)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "start")
+    AutoImageProcessor.from_pretrained(CHECKPOINT).save_pretrained(tmp_path / "start")
+
+    def train(folder):
+        arguments = ["--model", str(tmp_path / "start"), "--output_dir", str(tmp_path / folder), "--max_steps", "4"]
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
+        pretrain.main()
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    train("whole")
+    with monkeypatch.context() as context:
+        context.setattr(pretrain, "accuracies", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train("stopped")
+    train("stopped")
+    whole, stopped = (
+        AutoModelForImageClassification.from_pretrained(tmp_path / name / "backbone") for name in ("whole", "stopped")
+    )
+    assert whole.config.id2label[3] == "letter: a"
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, stopped.state_dict()[name]), name

@@ -80,11 +80,11 @@ def distillation_images(count: int, seed: int, style: Style) -> datasets.Dataset
         seed: Decides everything.
         style: What they look like.
     """
-    held_out = {_digest(path) for paths in natural_files().values() for path in paths}
+    held_out = {digest_of(path) for paths in natural_files().values() for path in paths}
     folders = [STAMPS, *sorted(path for path in CLIPART.iterdir() if path.is_dir() and path.name not in NATURAL)]
-    files = list({_digest(path): path for folder in folders for path in _pictures(folder)}.items())
+    files = list({digest_of(path): path for folder in folders for path in pictures_below(folder)}.items())
     files = [path for digest, path in files if digest not in held_out]
-    fashion = _fashion()
+    fashion, _ = fashion_mnist()
     generator = random.Random(seed)
 
     def samples() -> Iterator[bytes]:
@@ -93,12 +93,12 @@ def distillation_images(count: int, seed: int, style: Style) -> datasets.Dataset
         drawings, recent = count - clothing - marks, deque(maxlen=200)
         generator.shuffle(files)
         for index, path in enumerate(files):
-            recent.append(style.picture(_open(path)))
+            recent.append(style.picture(open_picture(path)))
             for _ in range(drawings * (index + 1) // len(files) - drawings * index // len(files)):
                 canvas = style.clutter(CANVAS, generator)
                 for other in generator.choices(recent, k=generator.randrange(12)):
-                    _paste(canvas, other, generator, smallest=0.1, largest=0.6)
-                _paste(canvas, recent[-1], generator, smallest=0.2)
+                    paste(canvas, other, generator, smallest=0.1, largest=0.6)
+                paste(canvas, recent[-1], generator, smallest=0.2)
                 yield _jpeg(canvas)
         for _ in range(clothing):
             grey = Image.fromarray(fashion[generator.randrange(len(fashion))]).resize((CANVAS, CANVAS), Image.BICUBIC)
@@ -121,8 +121,8 @@ def natural_files() -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for name in NATURAL:
         files[name] = []
-        for path in _pictures(CLIPART / name):
-            digest = _digest(path)
+        for path in pictures_below(CLIPART / name):
+            digest = digest_of(path)
             if digest not in seen:
                 seen.add(digest)
                 files[name].append(path)
@@ -139,7 +139,7 @@ def natural(count: int, size: int, seed: int, style: Style) -> tuple[list[Image.
     images = []
     for path, _ in labelled[:count]:
         canvas = style.background(size, generator)
-        _paste(canvas, style.picture(_open(path)), generator, smallest=0.6)
+        paste(canvas, style.picture(open_picture(path)), generator, smallest=0.6)
         images.append(canvas)
     return images, [label for _, label in labelled[:count]], list(NATURAL)
 
@@ -147,14 +147,14 @@ def natural(count: int, size: int, seed: int, style: Style) -> tuple[list[Image.
 def digits(count: int, size: int, seed: int, style: Style) -> tuple[list[Image.Image], list[int], list[str]]:
     """A digit in a random font, tilted, sheared and shifted."""
     generator = random.Random(seed)
-    fonts = _fonts()
+    fonts = font_files()
     images, labels = [], []
     for _ in range(count):
         labels.append(generator.randrange(10))
         font = ImageFont.truetype(fonts[generator.randrange(len(fonts))], round(size * generator.uniform(0.4, 0.65)))
         mask = Image.new("L", (size, size))
         ImageDraw.Draw(mask).text((size / 2, size / 2), str(labels[-1]), fill=255, font=font, anchor="mm")
-        mask = mask.transform(mask.size, Image.AFFINE, _affine(size, generator), Image.BICUBIC)
+        mask = mask.transform(mask.size, Image.AFFINE, affine(size, generator), Image.BICUBIC)
         canvas = style.background(size, generator)
         canvas.paste(style.colour(canvas, generator), (0, 0), mask)
         images.append(canvas)
@@ -228,16 +228,16 @@ def write_fashion_mnist(folder: Path) -> None:
     """Write Fashion-MNIST as `train.parquet` and `test.parquet`, to pre-train a backbone on."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, prefix in (("train", "train"), ("test", "t10k")):
-        labels = np.frombuffer(gzip.decompress((FASHION / f"{prefix}-labels-idx1-ubyte.gz").read_bytes()), np.uint8)
-        pictures = [_png(Image.fromarray(image)) for image in _fashion(prefix)]
+        images, labels = fashion_mnist(prefix)
+        pictures = [_png(Image.fromarray(image)) for image in images]
         names = [str(label) for label in range(10)]
-        _dataset(pictures, labels[8:].tolist(), names).to_parquet(folder / f"{split}.parquet")
+        _dataset(pictures, labels.tolist(), names).to_parquet(folder / f"{split}.parquet")
 
 
-def _pictures(folder: Path) -> list[Path]:
+def pictures_below(folder: Path) -> list[Path]:
     """Pictures below a folder without links, without second copies and without posters, in a fixed order."""
     found = sorted(path for path in folder.rglob("*.png") if not path.is_symlink() and _area(path) <= MAX_AREA)
-    return list({_digest(path): path for path in reversed(found)}.values())[::-1]
+    return list({digest_of(path): path for path in reversed(found)}.values())[::-1]
 
 
 def _area(path: Path) -> int:
@@ -246,23 +246,25 @@ def _area(path: Path) -> int:
     return width * height
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
     return hashlib.sha1(path.read_bytes()).hexdigest()
 
 
-def _fashion(prefix: str = "train") -> np.ndarray:
-    raw = gzip.decompress((FASHION / f"{prefix}-images-idx3-ubyte.gz").read_bytes())
-    return np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)
+def fashion_mnist(prefix: str = "train") -> tuple[np.ndarray, np.ndarray]:
+    """Images, uint8 `(n, 28, 28)`, and labels, uint8 `(n,)`, of the split "train" or "t10k"."""
+    images = gzip.decompress((FASHION / f"{prefix}-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((FASHION / f"{prefix}-labels-idx1-ubyte.gz").read_bytes())
+    return np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28), np.frombuffer(labels, np.uint8, offset=8)
 
 
-def _open(path: Path) -> Image.Image:
+def open_picture(path: Path) -> Image.Image:
     """A drawing with its transparency, cut to what is drawn and shrunk to the canvas."""
     picture = Image.open(path).convert("RGBA")
     picture.thumbnail((CANVAS, CANVAS))
     return picture.crop(picture.getchannel("A").getbbox() or (0, 0, *picture.size))
 
 
-def _paste(
+def paste(
     canvas: Image.Image, picture: Image.Image, generator: random.Random, smallest: float, largest: float = 1.0
 ) -> None:
     """Lay a drawing on a canvas, at a random place and a random size of `smallest` to `largest` of what fits."""
@@ -363,7 +365,7 @@ def _contrasting(canvas: Image.Image, generator: random.Random) -> tuple[int, in
 def _letters(canvas: Image.Image, style: Style, generator: random.Random) -> None:
     """One to twelve letters of three scripts, tilted. Never a digit: these are a task."""
     number = generator.choice((1, 1, 2, 3, 5, 8, 12))
-    fonts, size = _fonts(), canvas.width
+    fonts, size = font_files(), canvas.width
     for _ in range(number):
         height = round(size * generator.uniform(0.3, 0.9) / number**0.35)
         font, letter = ImageFont.truetype(generator.choice(fonts), height), generator.choice(LETTERS)
@@ -396,12 +398,12 @@ def _strokes(canvas: Image.Image, style: Style, generator: random.Random) -> Non
 
 
 @functools.cache
-def _fonts() -> list[Path]:
+def font_files() -> list[Path]:
     fonts = sorted(path for pattern in FONT_PATTERNS for path in FONTS.glob(pattern))
     return [path for path in fonts if not path.stem.startswith(NOT_LATIN)]
 
 
-def _affine(size: int, generator: random.Random) -> tuple[float, ...]:
+def affine(size: int, generator: random.Random) -> tuple[float, ...]:
     """A rotation by up to 20 degrees, a shear and a shift, about the centre."""
     angle, shear = generator.uniform(-0.35, 0.35), generator.uniform(-0.25, 0.25)
     a, b = math.cos(angle), math.sin(angle) + shear
