@@ -19,18 +19,19 @@ from matplotlib import pyplot as plt
 
 
 HERE = Path(__file__).parent
-CHECKPOINT = HERE.parent / "examples" / "fashion_mnist" / "checkpoint"
-PLUGINS = HERE.parent / "hub_cards" / "tocom-vit-fashion-mnist"
-SAMPLE = HERE.parent / "examples" / "space" / "samples" / "2-pullover.png"
+EXAMPLES = HERE.parent / "examples"
+FASHION = EXAMPLES / "fashion_mnist" / "checkpoint"
+PLUGINS = HERE.parent / "hub_cards" / "tocom-vit-mix"
+SAMPLE = EXAMPLES / "space" / "samples" / "2-pullover.png"
 BLUE, ORANGE, GREY = "tab:blue", "tab:orange", "0.45"
 
 
 @torch.no_grad()
 def merged_pictures(degrees: list[int], layer: int) -> list[tuple[Image.Image, int]]:
     """The sample with its merged tokens after a layer, and how many tokens there are."""
-    model = AutoModel.from_pretrained(CHECKPOINT, add_pooling_layer=False).eval()
+    model = AutoModel.from_pretrained(FASHION, add_pooling_layer=False).eval()
     image = Image.open(SAMPLE).convert("RGB")
-    pixel_values = AutoImageProcessor.from_pretrained(CHECKPOINT)(image, return_tensors="pt")["pixel_values"]
+    pixel_values = AutoImageProcessor.from_pretrained(FASHION)(image, return_tensors="pt")["pixel_values"]
     pictures = []
     for r in degrees:
         with trace_tokens(apply_tome(model, r)) as trace:
@@ -75,20 +76,20 @@ def draw_idea(path: Path) -> None:
 
 def draw_accuracy(path: Path) -> None:
     """Accuracy on the test images, as the plugin set records it, against throughput measured now."""
-    model = TocomModel.from_pretrained(CHECKPOINT, plugins=PLUGINS)
-    recorded = model.plugins.config.training["test_accuracy"]
-    degrees = [int(r) for r in recorded["plain"]]
+    model = TocomModel.from_pretrained(EXAMPLES / "digits" / "checkpoint", plugins=PLUGINS)
+    entries = [e for e in model.plugins.config.evaluation if e["dataset"] == "digits" and e["source_r"] == 0]
+    degrees = [entry["target_r"] for entry in entries]
     calibration = calibrate(model, batch_size=64, degrees=degrees, seconds=15)
     rates = [calibration[r].images_per_second for r in degrees]
     figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
     for key, style, color, label in (
         ("plain", "o--", "0.5", "token merging alone"), ("tocom", "o-", BLUE, "with ToCom"),
     ):  # fmt: skip
-        axes.plot(rates, [100 * recorded[key][str(r)] for r in degrees], style, color=color, label=label)
-    for r, rate in zip(degrees, rates, strict=True):
-        height = 100 * max(recorded["plain"][str(r)], recorded["tocom"][str(r)])
-        axes.annotate(f"r = {r}", (rate, height), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=9)
-    axes.set_title(f"One checkpoint, 10,000 test images\n{calibration.device}, batch 64", fontsize=9)
+        axes.plot(rates, [100 * entry[key] for entry in entries], style, color=color, label=label)
+    for entry, rate in zip(entries, rates, strict=True):
+        text, height = f"r = {entry['target_r']}", 100 * max(entry["plain"], entry["tocom"])
+        axes.annotate(text, (rate, height), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=9)
+    axes.set_title(f"One checkpoint, 2,000 test images\n{calibration.device}, batch 64", fontsize=9)
     axes.set(xlabel="images/s", ylabel="accuracy (%)")
     axes.margins(y=0.18)
     axes.legend(loc="lower left")

@@ -1,5 +1,5 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""Run the embedded Fashion-MNIST checkpoint at several degrees, plain and with ToCom, without a network.
+"""Run the embedded checkpoint, fine-tuned on digits, at several degrees, plain and with ToCom, without a network.
 
 python examples/quickstart.py
 """
@@ -20,8 +20,8 @@ from matplotlib import pyplot as plt
 
 
 HERE = Path(__file__).parent
-EMBEDDED = HERE / "fashion_mnist"
-PLUGINS = HERE.parent / "hub_cards" / "tocom-vit-fashion-mnist"
+EMBEDDED = HERE / "digits"
+PLUGINS = HERE.parent / "hub_cards" / "tocom-vit-mix"
 
 
 def parse_args() -> argparse.Namespace:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_plugins
 from PIL import Image
 from test_grid import make_run
 from transformers import (
@@ -20,7 +21,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from tocom_hf import TocomModel
+from tocom_hf import PluginSet, TocomModel
+from tocom_hf.grid import CellRun
 from tocom_hf.reports import Cost, Report
 from tocom_hf.tasks import load_labelled
 
@@ -33,7 +35,7 @@ CHECKPOINT = Path(__file__).parent.parent / "examples" / "fashion_mnist" / "chec
 def path(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    for name in ("halve_patches", "images", "linear", "mix", "pretrain", "probe", "run"):
+    for name in ("halve_patches", "images", "linear", "mix", "pretrain", "probe", "publish", "run"):
         sys.modules.pop(name, None)
 
 
@@ -355,6 +357,45 @@ def test_pre_training_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     whole, stopped = (
         AutoModelForImageClassification.from_pretrained(tmp_path / name / "backbone") for name in ("whole", "stopped")
     )
-    assert whole.config.id2label[3] == "letter: a"
+    assert [whole.config.id2label[index] for index in (3, 8)] == ["letter: a", "shape: c"]
+    assert whole.classifier.weight.shape == (9, 16)  # a class for every drawing is of no use afterwards
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, stopped.state_dict()[name]), name
+
+
+def test_what_is_published_records_the_figures_of_the_study(tmp_path, monkeypatch):
+    import images
+    import publish
+
+    model = ViTForImageClassification.from_pretrained(CHECKPOINT)
+    make_plugins(model, max_r=4, training={"num_images": 1234}).save_pretrained(tmp_path / "plugins")
+    images.write_task("count", tmp_path / "data" / "count", {"train": 2, "test": 6}, 28, 0, images.STYLES["plain"])
+    source = tmp_path / "checkpoints" / "count" / "r0-seed0"
+    TocomModel.from_pretrained(model, source_r=0).save_pretrained(source)
+    AutoImageProcessor.from_pretrained(CHECKPOINT).save_pretrained(source)
+    (source / "training_args.bin").write_bytes(b"")
+    right = {0.1: [1, 1, 1, 0], -0.1: [0, 0, 0, 1]}
+    tocom = {scale: torch.tensor(row, dtype=torch.bool) for scale, row in right.items()}
+    plain = torch.tensor([1, 1, 0, 0], dtype=torch.bool)
+    runs = [
+        CellRun("0", 0, 0, plain, {}, {}, (), {}),
+        CellRun("0", 0, 4, plain, tocom, {"paper": 0.1}, (-0.1, 0.1), {}),
+    ]
+    report = Report({"dataset": "count", "checkpoints": [""]}, runs, [Cost(0, 2e9), Cost(4, 1e9)])
+    report.save(tmp_path / "grids" / "count" / "r0-seed0")
+    arguments = {
+        "backbone": CHECKPOINT, "study": tmp_path, "task": "count", "base_model": "vit", "num_test_images": 5,
+        "example_dir": tmp_path / "example", "set_dir": tmp_path / "set",
+    }  # fmt: skip
+    command = ["publish.py", *(text for name, value in arguments.items() for text in (f"--{name}", str(value)))]
+    monkeypatch.setattr(sys, "argv", command)
+    publish.main()
+    same, moved = PluginSet.from_pretrained(tmp_path / "set").config.evaluation
+    assert (same["target_r"], same["plain"], same["tocom"]) == (0, 0.5, 0.5)
+    assert (moved["target_r"], moved["plain"], moved["tocom"], moved["sign_flipped"]) == (4, 0.5, 0.75, 0.25)
+    assert len(load_labelled(str(tmp_path / "example" / "test.parquet"), "test")[0]) == 5
+    assert TocomModel.from_pretrained(tmp_path / "example" / "checkpoint", plugins=tmp_path / "set").source_r == 0
+    assert not (tmp_path / "example" / "checkpoint" / "training_args.bin").exists()
+    assert (tmp_path / "example" / "backbone" / "model.safetensors").exists()
+    with pytest.raises(SystemExit, match=r"lacks the scale 0\.2"):
+        publish.entries(report, "count", 0.2)

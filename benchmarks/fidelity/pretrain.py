@@ -1,10 +1,12 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """Train the small ViT that the repository carries further, on the wider mix of `mix.py`.
 
-    python benchmarks/fidelity/pretrain.py --output_dir runs/wide
+    python benchmarks/fidelity/pretrain.py --output_dir runs/mix
 
-takes half an hour on two cores and writes the backbone to runs/wide/backbone. The head has the classes of all four
-groups, and the loss of an image is over those of its own. Stopped or killed, it goes on where the last state was saved.
+takes half an hour on two cores and writes the backbone to runs/mix/backbone: what the repository carries as
+examples/digits/backbone. The head has the classes of all four groups, and the loss of an image is over those of its
+own; those that stand for a single drawing are left out at the end. Stopped or killed, it goes on where the last state
+was saved.
 """
 
 import argparse
@@ -69,6 +71,18 @@ def make_model(source: str, mix: dict[str, Group]) -> ViTForImageClassification:
         ignore_mismatched_sizes=True,
     )
     model.config.__dict__.pop("tocom", None)  # what the start was trained at
+    return model
+
+
+def without_drawings(model: ViTForImageClassification) -> ViTForImageClassification:
+    """The same model, its head without the classes that stand for one drawing each."""
+    kept = [index for index, name in model.config.id2label.items() if not name.startswith("drawing: ")]
+    names = [model.config.id2label[index] for index in kept]
+    head = torch.nn.Linear(model.config.hidden_size, len(kept))
+    head.load_state_dict({name: value[kept] for name, value in model.classifier.state_dict().items()})
+    model.classifier, model.num_labels = head, len(kept)
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: index for index, name in enumerate(names)}
     return model
 
 
@@ -139,7 +153,7 @@ def main() -> None:
             print(accuracies(model, held_out, sizes), flush=True)
             total = 0.0
     part_folder = args.output_dir / "backbone.part"
-    model.save_pretrained(part_folder)
+    without_drawings(model).save_pretrained(part_folder)
     AutoImageProcessor.from_pretrained(args.model).save_pretrained(part_folder)
     shutil.rmtree(args.output_dir / "backbone", ignore_errors=True)
     part_folder.rename(args.output_dir / "backbone")
