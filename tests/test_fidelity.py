@@ -397,5 +397,8 @@ def test_what_is_published_records_the_figures_of_the_study(tmp_path, monkeypatc
     assert TocomModel.from_pretrained(tmp_path / "example" / "checkpoint", plugins=tmp_path / "set").source_r == 0
     assert not (tmp_path / "example" / "checkpoint" / "training_args.bin").exists()
     assert (tmp_path / "example" / "backbone" / "model.safetensors").exists()
+    monkeypatch.setattr(sys, "argv", [*command, "--backbone", str(tmp_path / "example" / "backbone")])
+    publish.main()  # again, from the backbone that is published
+    assert (tmp_path / "example" / "backbone" / "model.safetensors").exists()
     with pytest.raises(SystemExit, match=r"lacks the scale 0\.2"):
         publish.entries(report, "count", 0.2)

@@ -148,8 +148,8 @@ def main() -> None:
             state = {"step": step, "generator": generator.get_state(), "parts": [part.state_dict() for part in parts]}
             torch.save(state, state_file.with_suffix(".part"))
             os.replace(state_file.with_suffix(".part"), state_file)
-            loss = total / ((step - 1) % SAVE_STEPS + 1)
-            print(f"step {step}, {time.monotonic() - began:.0f} s, loss {loss:.3f}, held out: ", end="")
+            average = total / ((step - 1) % SAVE_STEPS + 1)
+            print(f"step {step}, {time.monotonic() - began:.0f} s, loss {average:.3f}, held out: ", end="")
             print(accuracies(model, held_out, sizes), flush=True)
             total = 0.0
     part_folder = args.output_dir / "backbone.part"

@@ -73,6 +73,8 @@ def main() -> None:
     for source, name in ((args.backbone, "backbone"), (checkpoint(args.study, args.task, 0, 0), "checkpoint")):
         folder = args.example_dir / name
         folder.mkdir(parents=True, exist_ok=True)
+        if source.resolve() == folder.resolve():
+            continue  # the backbone that is published already
         for file in ("config.json", "model.safetensors", "preprocessor_config.json"):
             shutil.copyfile(source / file, folder / file)
     images, _ = load_labelled(str(data_folder(args.study, args.task)), "test")
