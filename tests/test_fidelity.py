@@ -301,6 +301,22 @@ def test_shapes_depend_on_the_seed_alone_and_dots_are_counted():
         )
 
 
+def test_distillation_takes_as_many_images_of_every_group_of_the_mix(monkeypatch):
+    import mix
+
+    sizes = {"clothing": 30, "letter": 50}
+    groups = {
+        name: mix.Group(np.full((size, 28, 28), index, np.uint8) + np.arange(size, dtype=np.uint8)[:, None, None] * 2,
+                        np.zeros(size, np.int64), ["a"])
+        for index, (name, size) in enumerate(sizes.items())
+    }  # fmt: skip
+    monkeypatch.setattr(mix, "make_mix", lambda: groups)
+    values = [[np.asarray(row["image"])[0, 0, 0] for row in mix.distillation_images(40, seed)] for seed in (0, 0, 1)]
+    assert values[0] == values[1] != values[2]
+    assert len(set(values[0])) == 40  # none twice
+    assert sum(value % 2 for value in values[0]) == 20
+
+
 def test_images_are_shifted_and_only_mirrored_where_that_is_allowed():
     import pretrain
 

@@ -112,7 +112,7 @@ def distillation_images(count: int, seed: int, style: Style) -> datasets.Dataset
 
     images = list(samples())
     generator.shuffle(images)
-    return _dataset(images)
+    return to_dataset(images)
 
 
 def natural_files() -> dict[str, list[Path]]:
@@ -219,7 +219,7 @@ def write_task(name: str, folder: Path, sizes: dict[str, int], size: int, seed: 
     start = 0
     for split, length in sizes.items():
         part = slice(start, start + length)
-        dataset = _dataset([_png(image) for image in images[part]], labels[part], names)
+        dataset = to_dataset([to_png(image) for image in images[part]], labels[part], names)
         dataset.to_parquet(folder / f"{split}.parquet")
         start += length
 
@@ -229,9 +229,9 @@ def write_fashion_mnist(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, prefix in (("train", "train"), ("test", "t10k")):
         images, labels = fashion_mnist(prefix)
-        pictures = [_png(Image.fromarray(image)) for image in images]
+        pictures = [to_png(Image.fromarray(image)) for image in images]
         names = [str(label) for label in range(10)]
-        _dataset(pictures, labels.tolist(), names).to_parquet(folder / f"{split}.parquet")
+        to_dataset(pictures, labels.tolist(), names).to_parquet(folder / f"{split}.parquet")
 
 
 def pictures_below(folder: Path) -> list[Path]:
@@ -438,13 +438,15 @@ def _jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _png(image: Image.Image) -> bytes:
+def to_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _dataset(images: list[bytes], labels: list[int] | None = None, names: list[str] | None = None) -> datasets.Dataset:
+def to_dataset(
+    images: list[bytes], labels: list[int] | None = None, names: list[str] | None = None
+) -> datasets.Dataset:
     columns: dict[str, list] = {"image": [{"bytes": image, "path": None} for image in images]}
     features: dict = {"image": datasets.Image()}
     if labels is not None:

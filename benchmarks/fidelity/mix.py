@@ -11,6 +11,7 @@ import multiprocessing
 import random
 from pathlib import Path
 
+import datasets
 import numpy as np
 from images import (
     CLIPART,
@@ -25,6 +26,8 @@ from images import (
     open_picture,
     paste,
     pictures_below,
+    to_dataset,
+    to_png,
 )
 from PIL import Image, ImageDraw, ImageFont
 
@@ -80,6 +83,21 @@ def make_mix(letters: int = 80_000, shapes: int = 40_000, variants: int = 16) ->
     names = [str(path) for path in drawings]
     mix["drawing"] = Group(np.concatenate(varied), np.repeat(np.arange(len(drawings)), variants), names)
     return mix
+
+
+def distillation_images(count: int, seed: int) -> datasets.Dataset:
+    """Images that a backbone was pre-trained on, without labels, as many of every group.
+
+    Args:
+        count: Images to draw, at least one of each group and at most as many as the smallest one has of each.
+        seed: Decides which, and their order.
+    """
+    generator = np.random.default_rng(seed)
+    groups = list(make_mix().values())
+    drawn = [
+        group.images[generator.choice(len(group.images), size=count // len(groups), replace=False)] for group in groups
+    ]
+    return to_dataset([to_png(Image.fromarray(image)) for image in generator.permutation(np.concatenate(drawn))])
 
 
 def letter(generator: random.Random) -> tuple[Image.Image, int]:

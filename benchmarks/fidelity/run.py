@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mix
 import torch
 import transformers
 from images import STYLES, distillation_images, write_task
@@ -36,6 +37,7 @@ EXAMPLES = HERE.parents[1] / "examples"
 LINEAR = "linear-"  # before the name of a task: a linear head on the frozen backbone instead of fine-tuning
 FITTED = "fitted-"  # before the name of a task: the same checkpoints, each with a plugin set fitted to it
 EACH = "each"  # as source_r of the distillation: a plugin set for each degree that checkpoints are trained at
+MIX = "distillation_mix"  # in a configuration: distil on images of `mix.py` instead of collages
 METHODS = ("paper", "wide", "unlabelled")  # what picked the scale
 STAGES = ("data", "base", "distil", "finetune", "fit", "evaluate", "arithmetic", "tabulate")
 
@@ -85,7 +87,8 @@ def make_data(config: dict, folder: Path, tasks: list[str]) -> None:
             print(f"images of the task {name} written to {folder / name}", flush=True)
     distil = folder / "distil.parquet"
     if not distil.exists():
-        images = distillation_images(config["distillation_images"], 1000 * seed + 999, style)
+        count, seed = config["distillation_images"], 1000 * seed + 999
+        images = mix.distillation_images(count, seed) if config.get(MIX) else distillation_images(count, seed, style)
         images.to_parquet(distil.with_suffix(".part"))
         distil.with_suffix(".part").rename(distil)
         print(f"{len(images)} images to distil on written to {distil}", flush=True)
@@ -144,7 +147,8 @@ def distil_set(config: dict, root: Path, folder: Path, more: dict) -> None:
     )
     plugins = PluginSet.from_pretrained(folder)
     plugins.config.base_model = config["model"]
-    plugins.config.training["dataset"] = f"{config['distillation_images']} images of drawings and of Fashion-MNIST"
+    source = "the pre-training mix" if config.get(MIX) else "drawings and of Fashion-MNIST"
+    plugins.config.training["dataset"] = f"{config['distillation_images']} images of {source}"
     plugins.save_pretrained(folder)
 
 
