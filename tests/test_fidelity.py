@@ -195,6 +195,35 @@ def test_a_plugin_set_for_each_source_degree_serves_its_checkpoints(tmp_path, mo
     assert run.plugins_folder(tmp_path / "each", "fitted-digits", 4, 0).parts[-3:] == ("fitted", "digits", "r4-seed0")
 
 
+def test_one_adapted_plugin_set_serves_all_checkpoints_of_a_task(tmp_path, monkeypatch):
+    import run
+
+    config = {
+        "precision": "no",
+        "distillation": {"objective": "features", "learning_rate": 0.03},
+        "fitting": {"objective": "auto", "learning_rate": 0.1, "max_steps": 5},
+    }
+    calls = []
+
+    def distill(script, output_dir, **arguments):
+        output_dir.mkdir(parents=True)
+        (output_dir / run.CONFIG_NAME).touch()
+        calls.append(arguments)
+
+    monkeypatch.setattr(run, "run", distill)
+    for task in ("adapted-digits", "adapted-linear-digits"):
+        run.adapt(config, tmp_path, task)
+    (call,) = calls
+    assert call["model_name_or_path"] == tmp_path / "base"
+    assert call["dataset_name"] == tmp_path / "data" / "digits" / "train.parquet"
+    assert (call["objective"], call["learning_rate"], call["max_steps"]) == ("features", 0.03, 5)
+    folders = {
+        run.plugins_folder(tmp_path, task, r, 1) for task in ("adapted-digits", "adapted-linear-digits") for r in (0, 8)
+    }
+    assert folders == {tmp_path / "adapted" / "digits"}
+    assert run.checkpoint(tmp_path, "adapted-linear-digits", 4, 0).parts[-2:] == ("linear-digits", "r4-seed0")
+
+
 def test_strokes_depend_on_the_seed_alone():
     import images
 

@@ -4,10 +4,10 @@
     python benchmarks/fidelity/run.py --config benchmarks/fidelity/study_b.json --output_dir runs/study-b
     python benchmarks/fidelity/run.py --config ... --output_dir ... --stages finetune evaluate --tasks digits --seeds 1
 
-Stages: `data` makes the images, `base` stores the backbone with an image processor of the study's size, `distil` makes
-the plugin set, `finetune` the checkpoints, `fit` a plugin set for each of these from its training images without
-labels, `evaluate` the grid of each task, `arithmetic` the evidence of eq. 1, `tabulate` the tables and plots. The work
-is done by the scripts in `examples/`, whose commands are printed.
+Stages: `data` makes the images, `base` stores the backbone with an image processor of the study's size, `distil`
+makes the plugin set, `finetune` the checkpoints, `fit` a plugin set for each of these, or one for each task, from the
+training images without labels, `evaluate` the grid of each task, `arithmetic` the evidence of eq. 1, `tabulate` the
+tables and plots. The work is done by the scripts in `examples/`, whose commands are printed.
 """
 
 import argparse
@@ -36,6 +36,7 @@ HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
 LINEAR = "linear-"  # before the name of a task: a linear head on the frozen backbone instead of fine-tuning
 FITTED = "fitted-"  # before the name of a task: the same checkpoints, each with a plugin set fitted to it
+ADAPTED = "adapted-"  # as FITTED, but one set a task, distilled on the backbone; only for tasks that are asked for
 EACH = "each"  # as source_r of the distillation: a plugin set for each degree that checkpoints are trained at
 MIX = "distillation_mix"  # in a configuration: distil on images of `mix.py` instead of collages
 METHODS = ("paper", "wide", "unlabelled")  # what picked the scale
@@ -170,6 +171,23 @@ def finetune(config: dict, root: Path, task: str, source_r: int, seed: int) -> N
     part.rename(folder)
 
 
+def adapt(config: dict, root: Path, task: str) -> None:
+    """The plugin set, distilled further on the backbone and the images of one task, for all checkpoints of it."""
+    folder = plugins_folder(root, task, 0, 0)
+    if (folder / CONFIG_NAME).exists():
+        return
+    as_distilled = {name: config["distillation"][name] for name in ("objective", "learning_rate")}
+    run(
+        "distill.py",
+        model_name_or_path=root / "base",
+        dataset_name=data_folder(root, task) / "train.parquet",
+        init_plugins=root / "plugins",
+        output_dir=folder,
+        mixed_precision=config["precision"],
+        **{**config["fitting"], **as_distilled},
+    )
+
+
 def fit(config: dict, root: Path, task: str, source_r: int, seed: int) -> None:
     """The plugin set, distilled further on one checkpoint at its own degree."""
     folder = plugins_folder(root, task, source_r, seed)
@@ -179,7 +197,7 @@ def fit(config: dict, root: Path, task: str, source_r: int, seed: int) -> None:
         "distill.py",
         model_name_or_path=checkpoint(root, task, source_r, seed),
         dataset_name=data_folder(root, task) / "train.parquet",
-        init_plugins=plugins_folder(root, task.removeprefix(FITTED), source_r, seed),
+        init_plugins=plugins_folder(root, checkpoint_name(task), source_r, seed),
         source_r=source_r,
         output_dir=folder,
         mixed_precision=config["precision"],
@@ -322,8 +340,9 @@ def change_line(task: str, cell: Cell) -> str:
 
 
 def group_name(task: str) -> str:
-    name = "heads" if task.removeprefix(FITTED).startswith(LINEAR) else "fine-tuned"
-    return f"{name}, fitted plugins" if task.startswith(FITTED) else name
+    name = "heads" if checkpoint_name(task).startswith(LINEAR) else "fine-tuned"
+    plugins = {FITTED: ", fitted plugins", ADAPTED: ", adapted plugins"}
+    return name + next((text for prefix, text in plugins.items() if task.startswith(prefix)), "")
 
 
 def group_line(name: str, cells: list[Cell]) -> str:
@@ -341,17 +360,24 @@ def mean(values) -> float:
     return sum(values) / len(values)
 
 
+def checkpoint_name(task: str) -> str:
+    """The task without what says which plugins its checkpoints get."""
+    return task.removeprefix(FITTED).removeprefix(ADAPTED)
+
+
 def data_folder(root: Path, task: str) -> Path:
-    return root / "data" / task.removeprefix(FITTED).removeprefix(LINEAR)
+    return root / "data" / checkpoint_name(task).removeprefix(LINEAR)
 
 
 def checkpoint(root: Path, task: str, source_r: int, seed: int) -> Path:
-    return root / "checkpoints" / task.removeprefix(FITTED) / f"r{source_r}-seed{seed}"
+    return root / "checkpoints" / checkpoint_name(task) / f"r{source_r}-seed{seed}"
 
 
 def plugins_folder(root: Path, task: str, source_r: int, seed: int) -> Path:
     if task.startswith(FITTED):
-        return root / "fitted" / task.removeprefix(FITTED) / f"r{source_r}-seed{seed}"
+        return root / "fitted" / checkpoint_name(task) / f"r{source_r}-seed{seed}"
+    if task.startswith(ADAPTED):
+        return root / "adapted" / data_folder(root, task).name
     own = root / "plugins" / f"r{source_r}"
     return own if own.exists() else root / "plugins"
 
@@ -390,12 +416,14 @@ def main() -> None:
     for seed in seeds:
         for task in tasks:
             for source_r in args.source_r or config["degrees"]:
-                if task.removeprefix(FITTED).startswith(LINEAR) and seed != config["seeds"][0]:
+                if checkpoint_name(task).startswith(LINEAR) and seed != config["seeds"][0]:
                     continue  # nothing about them is random
-                if "finetune" in args.stages and not task.startswith(FITTED):
+                if "finetune" in args.stages and task == checkpoint_name(task):
                     finetune(config, root, task, source_r, seed)
                 if "fit" in args.stages and task.startswith(FITTED):
                     fit(config, root, task, source_r, seed)
+                if "fit" in args.stages and task.startswith(ADAPTED):
+                    adapt(config, root, task)
                 if "evaluate" in args.stages:
                     evaluate(config, root, task, source_r, seed)
     results = args.results_dir or root / "results"
