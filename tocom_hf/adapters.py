@@ -63,12 +63,14 @@ def write_adapter(folder: Path, adapter: Adapter, scale: float, base_model: str 
         r=rank,
         # PEFT multiplies B A by lora_alpha / r
         lora_alpha=scale * rank,  # type: ignore[arg-type]
-        target_modules=sorted({path.rpartition(".")[2] for path in adapter}),
+        target_modules=list({path.rpartition(".")[2] for path in adapter}),
         lora_dropout=0.0,
         bias="none",
         inference_mode=True,
         base_model_name_or_path=base_model,
     )
+    # PEFT makes it a set, which is written in another order by every process
+    lora.target_modules = sorted(lora.target_modules)  # type: ignore[arg-type]
     lora.save_pretrained(str(folder))
     tensors = {
         _key(path, name): factor.contiguous()
