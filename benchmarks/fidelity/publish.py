@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--task", required=True, help="The task whose checkpoint of r = 0 and seed 0 is taken.")
     parser.add_argument("--base_model", required=True, help="What the set calls its backbone.")
     parser.add_argument(
-        "--dataset", default="drawings, Fashion-MNIST, letters and strokes", help="What it was made of."
+        "--dataset", default="clothing, letters, shapes and drawings of its pre-training", help="What it was made of."
     )
     parser.add_argument("--num_test_images", type=int, default=800)
     parser.add_argument("--license", default="apache-2.0")
