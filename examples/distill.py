@@ -38,7 +38,10 @@ class ScriptArguments:
     num_eval_images: int = field(
         default=512, metadata={"help": "Images for the agreement grid; held out of dataset_split without eval_split."}
     )
-    init_plugins: str | None = field(default=None, metadata={"help": "Plugin set to start from: Hub id or folder."})
+    init_plugins: str | None = field(
+        default=None,
+        metadata={"help": "Plugin set to start from: Hub id or folder. Its max_r, rank and scale become the defaults."},
+    )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many images."})
     streaming: bool = field(default=False, metadata={"help": "Read images as they come; needs max_steps."})
@@ -54,9 +57,13 @@ class ScriptArguments:
 def parse_args() -> tuple[ScriptArguments, DistillationArguments]:
     early = argparse.ArgumentParser(add_help=False)
     early.add_argument("--preset", choices=[*PRESETS])
-    preset = early.parse_known_args()[0].preset
+    early.add_argument("--init_plugins", "--init-plugins")
+    start = early.parse_known_args()[0]
     parser = HfArgumentParser((ScriptArguments, DistillationArguments), description=__doc__.splitlines()[0])
-    parser.set_defaults(**PRESETS.get(preset, {}))
+    parser.set_defaults(**PRESETS.get(start.preset, {}))
+    if start.init_plugins is not None:
+        config = PluginSet.from_pretrained(start.init_plugins).config
+        parser.set_defaults(max_r=config.max_r, rank=config.rank, scale=config.trained_scale)
     script, training = parser.parse_args_into_dataclasses()
     if training.output_dir is None:
         parser.error("--output_dir is required")

@@ -215,7 +215,7 @@ def test_distil_on_one_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     code, output, errors = run(
         ROOT / "examples/distill.py", "--init_plugins", PLUGINS, "--source_r", 0,
-        "--max_r", 8, "--max_steps", 3, "--attn_implementation", "eager",
+        "--max_steps", 3, "--attn_implementation", "eager",
         "--model_name_or_path", CHECKPOINT, "--dataset_name", IMAGES,
         "--dataset_split", "test", "--max_train_samples", 64, "--per_device_train_batch_size", 16,
         "--eval_degrees", 4, 8, "--output_dir", tmp_path / "set", cwd=tmp_path,
@@ -348,7 +348,12 @@ def test_model_arithmetic_adds_the_difference_of_two_models(tmp_path):
             ["--plugins", PLUGINS, PLUGINS],
             "ArgumentError: There are 1 checkpoints and 2 values of --plugins",
         ),
-        ("distill", ["--init_plugins", PLUGINS], "ArgumentError: Cannot start from .* with max_r=16 and rank=2"),
+        (
+            "distill",
+            ["--init_plugins", PLUGINS, "--rank", "4"],
+            "ArgumentError: Cannot start from .* with max_r=8 and rank=4",
+        ),
+        ("distill", ["--init_plugins", "no/where/set"], "no/where/set"),
         ("distill", ["--source_r", "17"], "DegreeError: source_r=17 is above max_r=16"),
         (
             "evaluate",
