@@ -147,10 +147,25 @@ def test_extended_heads_attend_as_with_the_bias(dtype, tolerance):
         ((6, 0.0), (6, 6, 6, 6)),
         ((6, -1), (12, 8, 4, 0)),
         ((6, 1.0), (0, 4, 8, 12)),
+        ((7, 0.5), (3, 5, 8, 11)),  # from 3.5, truncated, to 14 - 3
     ],
 )
 def test_schedules(r, expected):
     assert resolve_schedule(r, 4) == expected
+
+
+@settings(deadline=None)
+@given(r=st.integers(0, 40), inflection=st.floats(-1, 1), num_layers=st.integers(2, 48))
+def test_inflected_schedules_are_those_of_tome(r, inflection, num_layers):
+    """ToMe's rule: the first degree is truncated, the last is 2 r minus it, those between are truncated."""
+    first = int(r * (1.0 - inflection))
+    last = 2 * r - first
+    exact = [first + (last - first) * layer / (num_layers - 1) for layer in range(num_layers)]
+    found = resolve_schedule((r, inflection), num_layers)
+    # an exact integer may come out of floating point just below itself
+    assert all(degree in (int(value), round(value)) for degree, value in zip(found, exact, strict=True))
+    assert all(abs(degree - value) < 1 for degree, value in zip(found, exact, strict=True))
+    assert found[0] == first
 
 
 def test_schedule_of_one_layer():

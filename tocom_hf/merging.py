@@ -82,7 +82,7 @@ def resolve_schedule(r: Schedule, num_layers: int) -> tuple[int, ...]:
             )
         degree, inflection = r[0], float(r[1])
     mean = require_degree(degree, "r")
-    first = mean * (1.0 - inflection)
+    first = int(mean * (1.0 - inflection))
     step = 2 * (mean - first) / max(num_layers - 1, 1)
     return tuple(math.floor(first + step * layer + 1e-9) for layer in range(num_layers))
 
