@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
@@ -77,9 +78,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise PluginFileError(f"{path} cannot be read as weights: {error}") from error
-    content = content.get("model", content)
+    content = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise PluginFileError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors by name.")
     return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
@@ -108,8 +111,9 @@ def convert_plugins(
             down, up = found[block, projection, "down"], found[block, projection, "up"]
         except KeyError:
             raise PluginFileError(
-                f"The checkpoint lacks blocks.{block}.attn.{projection}_tocom, which the backbone's {len(found) // 4} "
-                "blocks need. Expected a checkpoint of the authors' repository, trained without --r_src."
+                f"The checkpoint lacks blocks.{block}.attn.{projection}_tocom: it has {len(found)} matrices of "
+                f"adapters, the backbone's {len(backbone.layers)} blocks need {4 * len(backbone.layers)}. Expected a "
+                "checkpoint of the authors' repository, trained without --r_src."
             ) from None
         rows = down.shape[0]
         expected = (rows, layer.in_features), (layer.out_features, rows)

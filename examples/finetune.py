@@ -102,8 +102,8 @@ def main() -> None:
     else:
         labels = {"num_labels": num_labels}
 
-    # Trainer does not convert the key names that transformers writes, so the weights to resume from are loaded here;
-    # checkpoints of LoRA hold adapters alone, which it does load
+    # Trainer does not convert the key names that transformers writes, so the weights to resume from are loaded here,
+    # and the best ones at the end; checkpoints of LoRA hold adapters alone, which it does load
     start = (
         script.model_name_or_path if script.lora_rank else training.resume_from_checkpoint or script.model_name_or_path
     )
@@ -126,6 +126,9 @@ def main() -> None:
         compute_metrics=compute_accuracy,
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    best = trainer.state.best_model_checkpoint
+    if training.load_best_model_at_end and best and not script.lora_rank:
+        model.load_state_dict(AutoModelForImageClassification.from_pretrained(best, dtype=torch.float32).state_dict())
     if script.lora_rank:
         trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
     trainer.save_model()

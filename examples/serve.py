@@ -79,9 +79,9 @@ class Metrics:
 
 @dataclass
 class Job:
-    """The images of one request, and where their answer goes."""
+    """The images of one request, float32 `(n, 3, height, width)`, and where their answer goes."""
 
-    images: list[Image.Image]
+    pixel_values: torch.Tensor
     answer: asyncio.Future
     arrived: float = field(default_factory=time.perf_counter)
 
@@ -95,32 +95,29 @@ class Batcher:
 
     Args:
         model: The model, on its device.
-        processor: Its image processor.
         policy: Picks the degree of every batch.
         max_queue: Images that may wait; by default what the policy says can be served in time.
         metrics: Where to count.
     """
 
-    def __init__(
-        self, model: TocomModel, processor: Any, policy: DegreePolicy, max_queue: int | None, metrics: Metrics
-    ):
-        self.model, self.processor, self.policy = model, processor, policy
+    def __init__(self, model: TocomModel, policy: DegreePolicy, max_queue: int | None, metrics: Metrics):
+        self.model, self.policy = model, policy
         self.max_queue, self.metrics = max_queue, metrics
         self.jobs: deque[Job] = deque()
         self.queued = 0
         self._arrival = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
 
-    async def classify(self, images: list[Image.Image]) -> dict[str, Any]:
+    async def classify(self, pixel_values: torch.Tensor) -> dict[str, Any]:
         """Wait in the queue and return the answer.
 
         Raises:
             OverloadedError: if the queue is full.
         """
-        self.require_room(len(images))
-        job = Job(images, asyncio.get_running_loop().create_future())
+        self.require_room(len(pixel_values))
+        job = Job(pixel_values, asyncio.get_running_loop().create_future())
         self.jobs.append(job)
-        self._count(len(images))
+        self._count(len(pixel_values))
         self._arrival.set()
         return await job.answer
 
@@ -145,15 +142,19 @@ class Batcher:
 
     async def _serve_batch(self) -> None:
         degree, jobs = self.policy.choose(self.queued), [self.jobs.popleft()]
-        size = len(jobs[0].images)
-        while self.jobs and size + len(self.jobs[0].images) <= self.policy.max_batch_size:
+        shape, size = jobs[0].pixel_values.shape[1:], len(jobs[0].pixel_values)
+        while (
+            self.jobs
+            and self.jobs[0].pixel_values.shape[1:] == shape
+            and size + len(self.jobs[0].pixel_values) <= self.policy.max_batch_size
+        ):
             jobs.append(self.jobs.popleft())
-            size += len(jobs[-1].images)
+            size += len(jobs[-1].pixel_values)
         self._count(-size)
-        images = [image for job in jobs for image in job.images]
+        pixel_values = torch.cat([job.pixel_values for job in jobs])
         start = time.perf_counter()
         try:
-            scores = await asyncio.get_running_loop().run_in_executor(self._thread, self._forward, images, degree)
+            scores = await asyncio.get_running_loop().run_in_executor(self._thread, self._forward, pixel_values, degree)
         except Exception as error:
             for job in jobs:
                 if not job.answer.done():
@@ -165,17 +166,16 @@ class Batcher:
         self.metrics.images.labels(degree).inc(size)
         self.metrics.degree.set(degree)
         for job in jobs:
-            own, scores = scores[: len(job.images)], scores[len(job.images) :]
+            own, scores = scores[: len(job.pixel_values)], scores[len(job.pixel_values) :]
             if not job.answer.done():  # the client may have gone
                 waited = start - job.arrived
                 job.answer.set_result({"scores": own, "target_r": degree, "waited": waited, "computed": seconds})
 
     @torch.inference_mode()
-    def _forward(self, images: list[Image.Image], degree: int) -> list[list[float]]:
+    def _forward(self, pixel_values: torch.Tensor, degree: int) -> list[list[float]]:
         if degree != self.model.target_r:
             self.model.set_target_r(degree)
             self.metrics.switches.inc()
-        pixel_values = self.processor(images, return_tensors="pt")["pixel_values"]
         logits = self.model(pixel_values=pixel_values.to(self.model.device, self.model.dtype)).logits
         return logits.float().softmax(-1).tolist()
 
@@ -228,7 +228,7 @@ def create_app(
 ) -> FastAPI:
     """The service. Its `state.batcher` and `state.metrics` are there to be looked at."""
     metrics = Metrics()
-    batcher = Batcher(model, processor, policy, max_queue, metrics)
+    batcher = Batcher(model, policy, max_queue, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -240,6 +240,13 @@ def create_app(
 
     app = FastAPI(title="tocom_hf", lifespan=lifespan)
     app.state.batcher, app.state.metrics = batcher, metrics
+
+    def preprocess(images: list[Image.Image]) -> torch.Tensor:
+        try:
+            return processor(images, return_tensors="pt")["pixel_values"]
+        except ValueError as error:  # a processor that does not resize, and images of several sizes
+            raise HTTPException(400, f"The images cannot be prepared for the model: {error}") from error
+
     labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
 
     def top(scores: list[float]) -> list[dict[str, Any]]:
@@ -266,9 +273,12 @@ def create_app(
             images = await asyncio.to_thread(decode_all, body, request.headers.get("content-type", ""))
             if len(images) > policy.max_batch_size:
                 raise HTTPException(413, f"{len(images)} images in a request; {policy.max_batch_size} are the limit.")
-            answer = await batcher.classify(images)
+            pixel_values = await asyncio.to_thread(preprocess, images)
+            answer = await batcher.classify(pixel_values)
         except OverloadedError as error:
             raise HTTPException(503, str(error), headers={"Retry-After": "1"}) from error
+        except ValueError as error:  # a size that the model does not take
+            raise HTTPException(400, f"The model refuses the images: {error}") from error
         metrics.requests.labels(200).inc()
         metrics.latency.observe(time.perf_counter() - start)
         return JSONResponse(
@@ -297,14 +307,18 @@ def main() -> None:
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = TocomModel.from_pretrained(args.model_name_or_path, plugins=args.plugins, source_r=args.source_r)
+    model = TocomModel.from_pretrained(args.model_name_or_path, plugins=args.plugins or None, source_r=args.source_r)
+    if model.plugins is None:
+        raise SystemExit("The model has no plugins, so it runs at one degree only. Pass --plugins.")
+    degrees = args.degrees or list(range(model.plugins.config.min_r, model.plugins.config.max_r + 1))
+    for degree in degrees:  # before a request asks for one that there is not
+        model.plugins.compose(model.source_r, degree)
     model.to(args.device)
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
     calibration = calibrate(
-        model, batch_size=args.max_batch_size, degrees=args.degrees, seconds=3, cache_file=args.calibration
+        model, batch_size=args.max_batch_size, degrees=degrees, seconds=3, cache_file=args.calibration
     )
     print(calibration)
-    degrees = args.degrees or range(model.plugins.config.min_r, model.plugins.config.max_r + 1)
     batch_seconds = {degree: calibration[degree].latency_ms / 1e3 for degree in degrees}
     policy = DegreePolicy(batch_seconds, args.max_batch_size, args.latency_ms / 1e3)
     app = create_app(model, processor, policy, args.max_queue)

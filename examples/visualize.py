@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from tocom_hf import apply_tome, trace_tokens
+from tocom_hf.architectures import find_backbone
 from tocom_hf.data import load_images
 from tocom_hf.visualization import paint_groups, tile
 
@@ -42,7 +43,8 @@ def main() -> None:
     else:
         images = load_images(args.dataset_name, split=args.dataset_split, max_samples=args.num_images)["image"][:]
     pixel_values = processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
-    patch = model.config.patch_size
+    backbone = find_backbone(model).module  # of CLIP the vision part
+    patch = backbone.config.patch_size
     grid = (pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
     # what the model sees: resized and cropped, brought back to [0, 255]
     low, high = pixel_values.amin((1, 2, 3), keepdim=True), pixel_values.amax((1, 2, 3), keepdim=True)
@@ -52,7 +54,7 @@ def main() -> None:
     rows = [[image.resize(size)] for image in shown]
     for r in args.r:
         with torch.no_grad(), trace_tokens(apply_tome(model, r)) as trace:
-            model(pixel_values)
+            backbone(pixel_values)
         for row, image, positions in zip(rows, shown, trace.positions[args.layer][:, trace.protected :], strict=True):
             row.append(paint_groups(image, positions, grid, size=args.size))
     tile(rows).save(args.output)

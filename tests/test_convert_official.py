@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     model = convert_weights(timm_weights(), head_dim=8)
     missing = plugin_weights()
     del missing["blocks.1.attn.v_tocom.adapter_up.weight"]
-    with pytest.raises(PluginFileError, match=r"lacks blocks\.1\.attn\.v_tocom"):
+    with pytest.raises(PluginFileError, match=r"lacks blocks\.1\.attn\.v_tocom.*has 7 matrices.*2 blocks need 8"):
         convert_plugins(missing, model, MAX_R, 0.1)
     with pytest.raises(PluginFileError, match="has shapes"):
         convert_plugins(plugin_weights(), model, 15, 0.1)
@@ -167,3 +167,9 @@ def test_what_does_not_fit_is_named(tmp_path):
     (tmp_path / "truncated.pth").write_bytes(b"PK\x03\x04")
     with pytest.raises(PluginFileError, match="cannot be read"):
         read_weights(tmp_path / "truncated.pth")
+    (tmp_path / "truncated.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{")
+    with pytest.raises(PluginFileError, match="cannot be read"):
+        read_weights(tmp_path / "truncated.safetensors")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(PluginFileError, match="holds a list"):
+        read_weights(tmp_path / "list.pth")

@@ -257,6 +257,26 @@ def test_finetune_records_its_source_degree_and_resumes(tmp_path):
     assert distance(resumed, saved) < 0.5 * distance(start, saved)
 
 
+def test_finetune_ends_at_the_best_checkpoint_if_asked(tmp_path):
+    """The best of two is the first here, because it is told that a high loss is good."""
+    code, _, errors = run(
+        ROOT / "examples/finetune.py", "--dataset_name", IMAGES, "--train_split", "test[:32]", "--eval_split",
+        "test[64:80]", "--per_device_train_batch_size", 16, "--learning_rate", 1e-4, "--report_to", "none", "--use_cpu",
+        "--output_dir", tmp_path / "tuned", "--model_name_or_path", CHECKPOINT, "--max_steps", 2, "--save_steps", 1,
+        "--eval_strategy", "steps", "--eval_steps", 1, "--load_best_model_at_end", "--metric_for_best_model",
+        "eval_loss", "--greater_is_better", "True", cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 0, errors
+    best, last, result = (
+        AutoModelForImageClassification.from_pretrained(tmp_path / "tuned" / name).state_dict()
+        for name in ("checkpoint-1", "checkpoint-2", "")
+    )
+    state = json.loads((tmp_path / "tuned" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert Path(state["best_model_checkpoint"]).name == "checkpoint-1"
+    assert all(torch.equal(result[name], weight) for name, weight in best.items())
+    assert not any(torch.equal(result[name], weight) for name, weight in last.items() if "q_proj.weight" in name)
+
+
 def test_finetune_with_lora_writes_an_ordinary_checkpoint_and_resumes(tmp_path):
     command = [
         ROOT / "examples/finetune.py", "--dataset_name", IMAGES, "--train_split", "test[:64]",

@@ -2,8 +2,10 @@
 """The load-following service on the embedded model: its policy alone, and the HTTP service around it."""
 
 import base64
+import copy
 import io
 import itertools
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +16,7 @@ from degree_policy import DegreePolicy
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from tocom_hf import TocomModel
+from tocom_hf import DegreeError, TocomModel
 
 
 ROOT = Path(__file__).parent.parent
@@ -268,6 +270,40 @@ def test_a_failure_of_the_model_is_a_500_and_the_service_goes_on(loaded):
         service.inner = inner
         assert service.predict(png()).status_code == 200
         assert service.client.get("/healthz").status_code == 200
+
+
+def test_images_that_a_processor_leaves_at_several_sizes(loaded):
+    """Those of one size form batches of their own, and the size that the model does not take is the client's error."""
+    model, processor = loaded
+    processor = copy.deepcopy(processor)
+    processor.do_resize = False
+    with Service((model, processor), objective=100.0) as service, ThreadPoolExecutor(4) as pool:
+        service.gate.clear()
+        first = pool.submit(service.predict, png())
+        assert service.running.acquire(timeout=30)
+        rest = [pool.submit(service.predict, png(size=size)) for size in ((28, 28), (40, 40), (28, 28))]
+        while service.batcher.queued < 3:
+            assert not first.done()
+        service.gate.set()
+        assert sorted(future.result().status_code for future in [first, *rest]) == [200, 200, 200, 400]
+        assert [future.result().status_code for future in rest][1] == 400
+        assert "28*28" in rest[1].result().json()["error"]
+        mixed = [base64.b64encode(png(size=size)).decode() for size in ((28, 28), (40, 40))]
+        assert service.client.post("/predict", json={"images": mixed}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--degrees", "0", "12"], "target_r=12 is outside"), (["--plugins", ""], "Pass --plugins")],
+)
+def test_degrees_that_cannot_run_are_found_before_the_service_starts(arguments, message, monkeypatch, capsys):
+    pytest.importorskip("uvicorn")
+    import serve
+
+    monkeypatch.setattr(serve, "calibrate", lambda *args, **kwargs: pytest.fail("went on"))
+    monkeypatch.setattr(sys, "argv", ["serve.py", *arguments])
+    with pytest.raises((SystemExit, DegreeError), match=message):
+        serve.main()
 
 
 def test_health_and_metrics(loaded):

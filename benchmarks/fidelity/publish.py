@@ -75,8 +75,10 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if source.resolve() == folder.resolve():
             continue  # the backbone that is published already
-        for file in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        for file in ("config.json", "model.safetensors"):
             shutil.copyfile(source / file, folder / file)
+        # images of the study have the right size, so its own processor does not resize; those of others may not
+        shutil.copyfile(args.backbone / "preprocessor_config.json", folder / "preprocessor_config.json")
     images, _ = load_labelled(str(data_folder(args.study, args.task)), "test")
     part = args.example_dir / "test.parquet.part"
     images.select(range(args.num_test_images)).to_parquet(part)
