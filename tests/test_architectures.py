@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from tocom_hf import apply_tome, remove_tome
+from tocom_hf import UnsupportedModelError, apply_tome, remove_tome
 from tocom_hf.architectures import find_backbone
 from tocom_hf.patching import get_schedule
 
@@ -64,6 +64,24 @@ def test_flash_attention_gets_no_mask_and_the_same_result(family):
     # set_attn_implementation would look for a kernel of that name on the Hub
     find_backbone(model).module.config._attn_implementation_internal = "flash_stand_in"
     torch.testing.assert_close(family.result(model, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_flex_attention_is_refused_where_sizes_weigh(family, monkeypatch):
+    """The first layer has no sizes yet, so it runs; a stand-in spares the test its compilation."""
+
+    def kernel(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling)
+        return output.transpose(1, 2), None
+
+    model, inputs = family.make(), family.inputs()
+    expected = family.result(model, inputs)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", kernel)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "flex_attention", lambda *args, **kwargs: None)
+    find_backbone(model).module.config._attn_implementation_internal = "flex_attention"
+    torch.testing.assert_close(family.result(apply_tome(model, 0), inputs), expected, rtol=1e-4, atol=1e-5)
+    apply_tome(model, 6)
+    with pytest.raises(UnsupportedModelError, match="sdpa"):
+        family.result(model, inputs)
 
 
 def test_degree_zero_is_the_untouched_model_bit_for_bit(family):

@@ -283,6 +283,8 @@ def test_models_of_other_dtypes_can_be_distilled(dtype):
     "wrong",
     [
         {"num_train_epochs": 0},
+        {"num_train_epochs": 1.5},
+        {"save_steps": True},
         {"learning_rate": 0.0},
         {"per_device_train_batch_size": -1},
         {"lora_dropout": 1.0},

@@ -18,8 +18,18 @@ from transformers import (
     pipeline,
 )
 
-from tocom_hf import ComposedWeightsError, DegreeError, TocomError, TocomModel, UnsupportedModelError, apply_tome
+from tocom_hf import (
+    ComposedWeightsError,
+    DegreeError,
+    PluginFileError,
+    TocomError,
+    TocomModel,
+    UnsupportedModelError,
+    apply_tome,
+    remove_tome,
+)
 from tocom_hf.architectures import find_backbone
+from tocom_hf.patching import merging_at
 
 
 @pytest.fixture
@@ -180,6 +190,21 @@ def test_restored_tokens_stay_restored(checkpoint, plugins, pixel_values):
         assert model.vit(pixel_values).last_hidden_state.shape[1] == 65
 
 
+def test_degree_and_weights_of_a_model_go_together(checkpoint, plugins, pixel_values):
+    model = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=5)
+    before = logits(model, pixel_values)
+    for part in (model, model.vit):
+        with pytest.raises(DegreeError, match="set_target_r"):
+            apply_tome(part, 2)
+        with pytest.raises(UnsupportedModelError, match="set_target_r"):
+            remove_tome(part)
+    assert torch.equal(logits(model, pixel_values), before)
+    with merging_at(model, 2):  # merging alone, on purpose, with the weights as they are
+        assert not torch.equal(logits(model, pixel_values), before)
+    with pytest.raises(DegreeError, match="set_target_r"):
+        apply_tome(copy.deepcopy(model), 2)
+
+
 def test_a_model_without_plugins_runs_at_its_source_degree_only(checkpoint, pixel_values):
     model = TocomModel.from_pretrained(checkpoint, source_r=4)
     assert model.target_r == 4
@@ -243,6 +268,29 @@ def test_training_composed_weights_is_noticed(checkpoint, plugins, tmp_path):
     assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
 
 
+def test_training_mode_of_composed_weights_warns(checkpoint, plugins, caplog):
+    model = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=3)
+    model.set_target_r(0)
+    model.train()
+    assert not caplog.records
+    model.set_target_r(3)
+    model.train()
+    assert "model.set_target_r(0)" in caplog.text
+    assert "model.rebase()" in caplog.text
+
+
+def test_float64_weights_are_not_taken_for_trained_ones(checkpoint, plugins, tmp_path):
+    """The order of a float64 sum may differ when it is computed anew: by the number of threads, here by an ulp."""
+    model = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=3, dtype=torch.float64)
+    weight = model.vit.layers[1].attention.v_proj.weight
+    with torch.no_grad():
+        weight.copy_(torch.nextafter(weight, torch.full_like(weight, 1.0)))
+    model.set_target_r(2)
+    model.vit.layers[1].attention.v_proj.weight.data[0, 0] += 1e-9
+    with pytest.raises(ComposedWeightsError):
+        model.set_target_r(0)
+
+
 def test_training_at_the_source_degree_needs_nothing(checkpoint, plugins):
     model = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=3)
     with torch.no_grad():
@@ -297,3 +345,24 @@ def test_a_pipeline_runs_it(checkpoint, plugins):
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
     classify = pipeline("image-classification", model=model, image_processor=processor, device="cpu")
     assert len(classify(Image.new("RGB", (40, 40), "red"), top_k=3)) == 3
+
+
+def test_a_checkpoint_that_transformers_saved_anew_opens_without_its_plugins(checkpoint, plugins, tmp_path, caplog):
+    TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0).save_pretrained(tmp_path / "ours")
+    AutoModelForImageClassification.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    model = TocomModel.from_pretrained(tmp_path / "theirs")
+    assert (model.source_r, model.target_r, model.plugins) == (0, 0, None)
+    assert "plugins=..." in caplog.text
+    with pytest.raises(PluginFileError, match=r"tocom_plugins, which is missing.*Pass plugins"):
+        TocomModel.from_pretrained(tmp_path / "theirs", target_r=3)
+    assert TocomModel.from_pretrained(tmp_path / "theirs", plugins=plugins, target_r=3).target_r == 3
+    with pytest.raises(DegreeError, match=r'correct or delete "tocom"'):
+        TocomModel.from_pretrained(tmp_path / "theirs", source_r=4)
+
+
+def test_a_recorded_scale_is_that_of_the_recorded_plugins(checkpoint, plugins, tmp_path, pixel_values):
+    model = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=5, scale=0.3)
+    model.save_pretrained(tmp_path / "saved")
+    assert_same_weights(TocomModel.from_pretrained(tmp_path / "saved"), model)
+    recommended = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=5)
+    assert_same_weights(TocomModel.from_pretrained(tmp_path / "saved", plugins=plugins), recommended)

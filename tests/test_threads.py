@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import make_model, make_plugins
 
-from tocom_hf import TocomModel, apply_tome, modeling
+from tocom_hf import TocomModel, modeling
 from tocom_hf.locks import ReadersWriterLock
+from tocom_hf.patching import set_merging
 
 
 @pytest.fixture
@@ -109,8 +110,8 @@ def test_a_failure_while_weights_are_copied_restores_them(composed, pixel_values
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    calls = iter([interrupted, apply_tome])
-    monkeypatch.setattr("tocom_hf.modeling.apply_tome", lambda *a, **k: next(calls)(*a, **k))
+    calls = iter([interrupted, set_merging])
+    monkeypatch.setattr("tocom_hf.modeling.set_merging", lambda *a, **k: next(calls)(*a, **k))
     with pytest.raises(KeyboardInterrupt):
         composed.set_target_r(1)
     assert composed.target_r == 4

@@ -53,6 +53,21 @@ def test_models_that_cannot_be_merged_soundly_are_refused_with_the_reason(make, 
     assert [type(module) for module in model.modules()] == classes
 
 
+def test_models_that_read_an_inner_layer_are_refused():
+    text = hf.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=100
+    )
+    for layer in (-2, [1, -1]):
+        config = hf.LlavaConfig(
+            vision_config=clip().vision_config, text_config=text, image_token_index=99, vision_feature_layer=layer,
+            vision_feature_select_strategy="full",
+        )  # fmt: skip
+        with pytest.raises(UnsupportedModelError, match="vision_feature_layer"):
+            apply_tome(hf.LlavaForConditionalGeneration(config), 4)
+    config.vision_feature_layer = -1
+    apply_tome(hf.LlavaForConditionalGeneration(config), 4)
+
+
 def test_reasons_name_real_model_types():
     assert set(REASONS) <= set(hf.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
 

@@ -191,6 +191,12 @@ def _refuse_unsound_use(model: PreTrainedModel, backbone: PreTrainedModel) -> No
             f"{type(backbone).__name__} returns feature maps of {', '.join(backbone.out_features)}, but only the last "
             f"stage can be restored to a grid. Load it with out_features=[{backbone.stage_names[-1]!r}]."
         )
+    layer, last = getattr(model.config, "vision_feature_layer", None), backbone.config.num_hidden_layers
+    if layer not in (None, -1, last, [-1], [last]):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} reads layer {layer} of its vision part (vision_feature_layer), but merged tokens "
+            "are restored to their places after the last layer only. Use a model that reads the last one."
+        )
 
 
 def _has(module: nn.Module, path: str) -> bool:

@@ -85,7 +85,11 @@ class DistillationArguments:
         find_sampler(self.degree_sampler, self.source_r)
         if self.objective not in ("auto", *OBJECTIVES):
             raise ArgumentError(f"objective must be one of auto, {', '.join(OBJECTIVES)}, got {self.objective!r}.")
-        for name in _POSITIVE:
+        for name in (*_COUNTS, "dataloader_num_workers", "seed"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ArgumentError(f"{name} must be an integer, got {value!r}.")
+        for name in (*_COUNTS, "learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ArgumentError(f"{name} must be positive, got {value!r}.")
@@ -133,10 +137,9 @@ class DistillationArguments:
         return self.degrees() if self.source_r is None else [self.source_r]
 
 
-_POSITIVE = (
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "max_grad_norm", "max_nonfinite_steps", "shuffle_buffer_size", "save_steps", "save_total_limit", "logging_steps",
-    "eval_steps",
+_COUNTS = (
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "max_nonfinite_steps", "shuffle_buffer_size", "save_steps", "save_total_limit", "logging_steps", "eval_steps",
 )  # fmt: skip
 _NO_RECIPE = (
     "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",

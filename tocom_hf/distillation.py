@@ -104,7 +104,10 @@ def distill(
     _check_accelerator(accelerator)
     backbone, objective = find_backbone(model), find_objective(args.objective, model)
     if get_schedule(model) is not None:
-        raise UnsupportedModelError("The model merges tokens already. Call remove_tome(model) before distilling.")
+        raise UnsupportedModelError(
+            "The model merges tokens already. Distil it as transformers loads it: after apply_tome call "
+            "remove_tome(model); instead of TocomModel load the checkpoint with its transformers class."
+        )
     _check_source_r(model, args.source_r)
     start = None if init_plugins is None else _starting_plugins(init_plugins, backbone, args)
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes

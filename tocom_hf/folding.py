@@ -80,7 +80,7 @@ def verified_source_weights(state: TocomState, weights: dict[str, torch.Tensor])
         ComposedWeightsError: if they are not.
     """
     for path, weight in composed(state).items():
-        if not torch.equal(weight, weights[path]):
+        if not _same(weight, weights[path]):
             raise ComposedWeightsError(
                 f"{path}.weight was changed while composed for target_r={state.target_r} (by training, or by "
                 "loading a state dict?). Call model.rebase() to make the weights as they are now a checkpoint of "
@@ -88,6 +88,14 @@ def verified_source_weights(state: TocomState, weights: dict[str, torch.Tensor])
                 f"model.set_target_r({state.source_r}) first."
             )
     return state.source_weights
+
+
+def _same(weight: torch.Tensor, live: torch.Tensor) -> bool:
+    """Whether a live weight is what was composed. The order of a float64 product depends on the number of threads."""
+    if weight.dtype != torch.float64 or live.dtype != torch.float64:
+        return torch.equal(weight, live)
+    tolerance = 8 * torch.finfo(torch.float64).eps * float(weight.abs().max())
+    return torch.allclose(weight, live, rtol=0, atol=tolerance)
 
 
 @torch.no_grad()

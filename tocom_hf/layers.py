@@ -153,6 +153,11 @@ class MergingAttention(Merging):
         sizes = tome.sizes if settings.proportional_attention else None
         implementation = self.config._attn_implementation
         if sizes is not None:
+            if implementation == "flex_attention":  # takes no bias that broadcasts, and crashes on CPUs with any other
+                raise UnsupportedModelError(
+                    "Proportional attention does not work with flex_attention. Call "
+                    'model.set_attn_implementation("sdpa"), or "eager" or a flash kernel.'
+                )
             if "flash" in implementation:  # these kernels take no bias
                 query, key, value = extend_heads(query, key, value, sizes, scaling)
             else:

@@ -6,17 +6,20 @@ from typing import Any, NamedTuple
 
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from .architectures import supported_types, unsupported
 from .checkpoints import Checkpoint
 from .composition import require_scale
-from .errors import DegreeError, PluginFileError, UnsupportedModelError
+from .errors import DegreeError, HubError, PluginFileError, UnsupportedModelError
 from .folders import retry_while_saved
 from .merging import require_degree
 from .plugins import PluginSet
 
 
 PLUGINS_FOLDER = "tocom_plugins"
+# a child of transformers' logger: its verbosity holds for ours
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 class Loaded(NamedTuple):
@@ -72,9 +75,10 @@ def _load(model: Any, plugins: Any, source_r: Any, target_r: Any, scale: Any, kw
         )
     source_r = _resolve_source_r(source_r, recorded)
     target_r = require_degree(recorded.get("target_r", source_r) if target_r is None else target_r, "target_r")
-    scale = recorded.get("scale") if scale is None else scale
+    if scale is None and plugins is None:  # another set has its own recommendation
+        scale = recorded.get("scale")
     scale = None if scale is None else require_scale(scale)
-    plugins = _open_plugins(plugins, model, recorded, checkpoint)
+    plugins = _open_plugins(plugins, model, recorded, checkpoint, needed=source_r != target_r)
     if plugins is not None:
         plugins.compose(source_r, target_r, scale)
     elif source_r != target_r:
@@ -108,13 +112,16 @@ def _resolve_source_r(source_r: int | None, recorded: dict) -> int:
         if known is not None and source_r != known:
             raise DegreeError(
                 f"source_r={source_r} contradicts the checkpoint, whose configuration records source_r={known}. "
-                "Leave source_r out to use the recorded one."
+                "Leave source_r out to use the recorded one; if the weights were trained anew since it was recorded, "
+                'correct or delete "tocom" in config.json.'
             )
         return source_r
     return require_degree(known, "source_r in the configuration")
 
 
-def _open_plugins(plugins: Any, model: Any, recorded: dict, checkpoint: Checkpoint | None) -> PluginSet | None:
+def _open_plugins(
+    plugins: Any, model: Any, recorded: dict, checkpoint: Checkpoint | None, needed: bool
+) -> PluginSet | None:
     if isinstance(plugins, PluginSet):
         return plugins
     if plugins is None and isinstance(getattr(model, "plugins", None), PluginSet):  # a TocomModel keeps its own
@@ -128,8 +135,27 @@ def _open_plugins(plugins: Any, model: Any, recorded: dict, checkpoint: Checkpoi
     if recorded.get("plugins") and checkpoint is not None:
         subfolder = "/".join(part for part in (checkpoint.subfolder, PLUGINS_FOLDER) if part)
         download["revision"] = checkpoint.repository.download.get("revision")
-        return PluginSet.from_pretrained(checkpoint.name, subfolder=subfolder, **download)
+        try:
+            return PluginSet.from_pretrained(checkpoint.name, subfolder=subfolder, **download)
+        except (PluginFileError, HubError) as error:
+            if not _is_missing(checkpoint, error):
+                raise
+            message = (
+                f"The configuration of {checkpoint.name} promises a plugin set in {subfolder}, which is missing: "
+                "transformers' own save_pretrained does not copy it. Pass plugins=... (a Hub id, a folder or a "
+                "PluginSet)"
+            )
+            if needed:
+                raise PluginFileError(f"{message}.") from error
+            logger.warning(f"{message} to run at another degree.")
     return None
+
+
+def _is_missing(checkpoint: Checkpoint, error: Exception) -> bool:
+    """Whether a checkpoint has no folder of plugins at all."""
+    if isinstance(error, HubError):
+        return error.status_code == 404
+    return checkpoint.repository.folder is not None and not (checkpoint.folder / PLUGINS_FOLDER).exists()
 
 
 def _model_class(config: PreTrainedConfig) -> Any:

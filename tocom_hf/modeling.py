@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .architectures import find_backbone
 from .budget import Budget
@@ -24,10 +25,12 @@ from .folding import TocomState, compose, composed, copy_weights, live_weights, 
 from .hub import PUSH_ARGUMENTS, upload_folder
 from .loading import PLUGINS_FOLDER, load
 from .locks import ReadersWriterLock, SwitchLock
-from .patching import apply_tome, get_schedule, remove_tome
+from .patching import get_schedule, set_merging, unset_merging
 from .plugins import PLUGIN_FILES, PluginSet
 
 
+# a child of transformers' logger: its verbosity holds for ours
+logger = logging.get_logger(f"transformers.{__name__}")
 _SAVED_FILES = (CHECKPOINT_FILES, f"{PLUGINS_FOLDER}/{PLUGIN_FILES}")
 
 
@@ -176,6 +179,15 @@ class TocomModel(PreTrainedModel):
         with self._tocom_lock.reading():
             return super().__call__(*args, **kwargs)
 
+    def train(self, mode: bool = True) -> "TocomModel":
+        if mode and self._tocom.source_weights:
+            logger.warning(
+                f"The weights are composed for target_r={self.target_r}; save_pretrained refuses them once they were "
+                f"trained. Before training call model.set_target_r({self.source_r}) to train at the source degree, or "
+                f"model.rebase() to make them a checkpoint of source_r={self.target_r}."
+            )
+        return super().train(mode)
+
     def _switch(self, target_r: int, scale: float | None) -> None:
         with self._tocom_switch:  # one switch at a time; forward calls go on while it composes
             self._switch_alone(target_r, scale)
@@ -205,7 +217,8 @@ class TocomModel(PreTrainedModel):
     def _adopt(self, state: TocomState) -> None:
         """Take over a new state: merge at its degree, and record it in the configuration."""
         merging = {} if state.plugins is None else state.plugins.config.merging
-        apply_tome(self, state.target_r, proportional_attention=merging.get("proportional_attention", True))
+        proportional_attention = merging.get("proportional_attention", True)
+        set_merging(self, state.target_r, proportional_attention=proportional_attention, bound=True)
         self._tocom = state
         self.config.tocom = {"source_r": state.source_r, "target_r": state.target_r, "scale": state.scale}
         if state.plugins is not None:
@@ -323,7 +336,7 @@ def _equip(model: PreTrainedModel, state: TocomState, target_r: int) -> PreTrain
         return model
     stock_class, schedule, recorded = type(model), get_schedule(model), model.config.__dict__.get("tocom")
     try:
-        apply_tome(model, state.source_r)
+        set_merging(model, state.source_r)
         _own_config(model)
         model.__class__ = _tocom_class(stock_class)
         equipped = cast(TocomModel, model)
@@ -341,9 +354,9 @@ def _equip(model: PreTrainedModel, state: TocomState, target_r: int) -> PreTrain
         if recorded is not None:
             model.config.tocom = recorded
         if schedule is None:
-            remove_tome(model)
+            unset_merging(model)
         else:
-            apply_tome(model, list(schedule))
+            set_merging(model, list(schedule))
         raise
     return equipped
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import Backbone, find_backbone
-from .errors import ArgumentError, UnsupportedInputError, UnsupportedModelError
+from .errors import ArgumentError, DegreeError, UnsupportedInputError, UnsupportedModelError
 from .layers import LayerPart, MergeSettings, Merging, MergingAttention, MergingLayer, TokenState, merging_class
 from .merging import Schedule, output_positions, resolve_schedule
 
@@ -40,9 +40,9 @@ def apply_tome(
             inflection in [-1, 1]. A layer merges at most half of its unprotected tokens.
         proportional_attention: Add the log of each key's token size to the attention logits (ToMe, eq. 1).
         restore: Copy merged tokens back to the positions that they came from after the last layer, so that
-            `last_hidden_state` keeps its shape and means over tokens weigh by size. By default on for families whose
-            heads read patch tokens (DINOv2, CLIP, SigLIP, I-JEPA, masked image modelling), off where they read the
-            class token only; a model that merges already keeps what it has.
+            `last_hidden_state` keeps its shape and means over tokens weigh by size; inner `hidden_states` stay merged.
+            By default on for families whose heads read patch tokens (DINOv2, CLIP, SigLIP, I-JEPA, masked image
+            modelling), off where they read the class token only; a model that merges already keeps what it has.
         class_tokens_only: Let only the class (and distillation) tokens leave the last layer, which then computes
             nothing for the others but their keys and values: the same logits, at most a twelfth cheaper for twelve
             layers. `last_hidden_state` holds these tokens only. Off by default; a model that merges already keeps what
@@ -53,7 +53,7 @@ def apply_tome(
 
     Raises:
         UnsupportedModelError: if the architecture is not supported.
-        DegreeError: if `r` is not a degree.
+        DegreeError: if `r` is not a degree, or another one than that of a `TocomModel`, whose weights belong to it.
         ArgumentError: if `class_tokens_only` contradicts `restore`, or the family has no class token.
 
     Example:
@@ -67,6 +67,38 @@ def apply_tome(
     torch.Size([1, 11, 32])
 
     ```
+    """
+    backbone = find_backbone(model)
+    hook = _find_hook(backbone.module)
+    if hook is not None and hook.bound and resolve_schedule(r, len(backbone.layers)) != hook.settings.schedule:
+        raise DegreeError(
+            "The model is a TocomModel, which changes its weights with its degree: call model.set_target_r(...) "
+            "instead of apply_tome. For merging without compensation load the checkpoint with its transformers class."
+        )
+    return set_merging(
+        model,
+        r,
+        proportional_attention=proportional_attention,
+        restore=restore,
+        class_tokens_only=class_tokens_only,
+        bound=hook is not None and hook.bound,
+    )
+
+
+def set_merging(
+    model: PreTrainedModel,
+    r: Schedule,
+    *,
+    proportional_attention: bool = True,
+    restore: bool | None = None,
+    class_tokens_only: bool | None = None,
+    bound: bool = False,
+) -> PreTrainedModel:
+    """What `apply_tome` does, for those who answer for the weights.
+
+    Args:
+        model, r, proportional_attention, restore, class_tokens_only: As in `apply_tome`.
+        bound: Whether the weights belong to this degree, so that `apply_tome` shall not change it.
     """
     backbone = find_backbone(model)
     schedule = resolve_schedule(r, len(backbone.layers))
@@ -84,7 +116,7 @@ def apply_tome(
         )
     settings = MergeSettings(schedule, backbone.protected, proportional_attention, restore, class_tokens_only)
     if hook is not None:
-        hook.settings = settings
+        hook.settings, hook.bound = settings, bound
         return model
     _refuse_wrapped_forwards(backbone)
     attentions = [getattr(layer, backbone.architecture.attention) for layer in backbone.layers]
@@ -97,7 +129,7 @@ def apply_tome(
         attention.tome_part = backbone.architecture
     names = list(inspect.signature(type(backbone.module).forward).parameters)[1:]
     mask_index = names.index("attention_mask") if "attention_mask" in names else None
-    backbone.module.register_forward_pre_hook(MergeHook(settings, mask_index), with_kwargs=True)
+    backbone.module.register_forward_pre_hook(MergeHook(settings, mask_index, bound), with_kwargs=True)
     return model
 
 
@@ -109,6 +141,9 @@ def remove_tome(model: PreTrainedModel) -> PreTrainedModel:
 
     Returns:
         The same model.
+
+    Raises:
+        UnsupportedModelError: if the model is a `TocomModel`, whose weights belong to its degree.
 
     Example:
 
@@ -122,6 +157,18 @@ def remove_tome(model: PreTrainedModel) -> PreTrainedModel:
 
     ```
     """
+    hook = _find_hook(find_backbone(model).module)
+    if hook is not None and hook.bound:
+        raise UnsupportedModelError(
+            "The model is a TocomModel, whose weights are those of its degree. model.set_target_r(model.source_r) puts "
+            "back the weights of the checkpoint; for a model that does not merge at all load the checkpoint with its "
+            "transformers class."
+        )
+    return unset_merging(model)
+
+
+def unset_merging(model: PreTrainedModel) -> PreTrainedModel:
+    """What `remove_tome` does, for those who answer for the weights."""
     backbone = find_backbone(model)
     hooks = backbone.module._forward_pre_hooks
     if _find_hook(backbone.module) is not None:
@@ -153,12 +200,12 @@ def merging_at(model: PreTrainedModel, r: Schedule) -> Iterator[PreTrainedModel]
     hook = _find_hook(find_backbone(model).module)
     before = None if hook is None else hook.settings
     proportional_attention = before is None or before.proportional_attention
-    apply_tome(model, r, proportional_attention=proportional_attention)
+    set_merging(model, r, proportional_attention=proportional_attention, bound=hook is not None and hook.bound)
     try:
         yield model
     finally:
         if hook is None:
-            remove_tome(model)
+            unset_merging(model)
         else:
             hook.settings = cast(MergeSettings, before)
 
@@ -242,17 +289,18 @@ class MergeHook:
     Args:
         settings: How to merge.
         mask_index: Position of `attention_mask` among the arguments of the backbone's forward, or `None`.
+        bound: Whether the weights belong to the degree, as those of a `TocomModel` do.
     """
 
-    def __init__(self, settings: MergeSettings, mask_index: int | None):
-        self.settings, self.mask_index = settings, mask_index
+    def __init__(self, settings: MergeSettings, mask_index: int | None, bound: bool):
+        self.settings, self.mask_index, self.bound = settings, mask_index, bound
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         positional = self.mask_index is not None and len(args) > self.mask_index and args[self.mask_index] is not None
         if positional or kwargs.get("attention_mask") is not None:
             raise UnsupportedInputError(
                 "Token merging does not take an attention mask: merged tokens have no single position to mask. "
-                "Call the model without attention_mask, or remove_tome(model) first."
+                "Call the model without attention_mask, or undo apply_tome first with remove_tome(model)."
             )
         return args, {**kwargs, "tome": TokenState(self.settings)}
 
