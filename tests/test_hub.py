@@ -153,6 +153,17 @@ def test_a_pushed_model_comes_back_alone(hub, model, plugins, pixel_values):
     assert type(plain).__name__ == "ViTForImageClassification"
 
 
+def test_a_model_that_transformers_pushed_anew_has_lost_its_plugins(hub, model, plugins, tmp_path, caplog):
+    TocomModel.from_pretrained(model, plugins=plugins, source_r=0).save_pretrained(tmp_path / "ours")
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path / "ours")
+    plain.push_to_hub("user/theirs", token="token")
+    assert TocomModel.from_pretrained("user/theirs").plugins is None
+    assert "plugins=..." in caplog.text
+    with pytest.raises(PluginFileError, match=r"tocom_plugins, which is missing.*Pass plugins"):
+        TocomModel.from_pretrained("user/theirs", target_r=3)
+    assert TocomModel.from_pretrained("user/theirs", plugins=plugins, target_r=3).target_r == 3
+
+
 def test_saving_with_push_to_hub_uploads_the_folder(hub, model, plugins, tmp_path):
     composed = TocomModel.from_pretrained(model, plugins=plugins, source_r=0, target_r=3)
     composed.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="user/model", token="token")

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .architectures import supported_types, unsupported
 from .checkpoints import Checkpoint
 from .composition import require_scale
-from .errors import DegreeError, HubError, PluginFileError, UnsupportedModelError
+from .errors import DegreeError, PluginFileError, UnsupportedModelError
 from .folders import retry_while_saved
 from .merging import require_degree
 from .plugins import PluginSet
@@ -137,7 +138,7 @@ def _open_plugins(
         download["revision"] = checkpoint.repository.download.get("revision")
         try:
             return PluginSet.from_pretrained(checkpoint.name, subfolder=subfolder, **download)
-        except (PluginFileError, HubError) as error:
+        except PluginFileError as error:
             if not _is_missing(checkpoint, error):
                 raise
             message = (
@@ -153,9 +154,9 @@ def _open_plugins(
 
 def _is_missing(checkpoint: Checkpoint, error: Exception) -> bool:
     """Whether a checkpoint has no folder of plugins at all."""
-    if isinstance(error, HubError):
-        return error.status_code == 404
-    return checkpoint.repository.folder is not None and not (checkpoint.folder / PLUGINS_FOLDER).exists()
+    if checkpoint.repository.folder is None:  # only the configuration of the set was asked for
+        return isinstance(error.__cause__, EntryNotFoundError)
+    return not (checkpoint.folder / PLUGINS_FOLDER).exists()
 
 
 def _model_class(config: PreTrainedConfig) -> Any:
