@@ -2,6 +2,7 @@
 """The parts of `benchmarks/fidelity` that need neither pictures nor fonts of the system."""
 
 import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -364,6 +365,27 @@ def test_images_are_shifted_and_only_mirrored_where_that_is_allowed():
         assert all(any(torch.equal(view, expected) for expected in shifted.values()) for view in made)
         assert {key[0] for key in found} == {False, mirrored}
         assert {key[1:] for key in found} == {(rows, columns) for rows in range(-2, 3) for columns in range(-2, 3)}
+
+
+def test_pose_is_that_of_a_drawn_bar():
+    import pretrain
+
+    rows, columns = np.mgrid[:28, :28] / 13.5 - 1
+    drawn, expected = [], []
+    for x, y, angle, length in ((0.2, -0.3, 0.4, 0.4), (-0.1, 0.1, 2.0, 0.3), (0.0, 0.0, math.pi / 2, 0.5)):
+        along = (columns - x) * math.cos(angle) + (rows - y) * math.sin(angle)
+        across = (rows - y) * math.cos(angle) - (columns - x) * math.sin(angle)
+        # a Gaussian, whose moments are known
+        width = length / 3
+        drawn.append(255 * np.exp(-((along / length) ** 2 + (across / width) ** 2) / 0.5))
+        longer, shorter = 0.25 * length**2, 0.25 * width**2
+        shape = (longer - shorter) / (longer + shorter)
+        turned = shape * math.cos(2 * angle), shape * math.sin(2 * angle)
+        expected.append([x, y, math.log(longer + shorter), *turned])
+    images = torch.from_numpy(np.stack([*drawn, np.zeros((28, 28))]).astype(np.uint8))
+    found = pretrain.pose_of(images)
+    torch.testing.assert_close(found[:3], torch.tensor(expected, dtype=torch.float32), rtol=0.03, atol=0.03)
+    torch.testing.assert_close(found[3, [0, 1, 3, 4]], torch.zeros(4), rtol=0, atol=1e-5)
 
 
 def test_pre_training_goes_on_where_it_was_stopped(tmp_path, monkeypatch):

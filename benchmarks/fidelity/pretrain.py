@@ -7,6 +7,10 @@ takes half an hour on two cores and writes the backbone to runs/mix/backbone: wh
 examples/digits/backbone. The head has the classes of all four groups, and the loss of an image is over those of its
 own; those that stand for a single drawing are left out at the end. Stopped or killed, it goes on where the last state
 was saved.
+
+    python benchmarks/fidelity/pretrain.py --model examples/digits/backbone --pose_weight 1 --output_dir runs/pose
+
+teaches that backbone the pose of what an image shows, too.
 """
 
 import argparse
@@ -33,6 +37,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--max_steps", type=int, default=6000, help="Steps of 128 images.")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="Of AdamW; that of Muon is 20 times as high.")
+    parser.add_argument(
+        "--pose_weight",
+        type=float,
+        default=0.0,
+        help="Weight of a second loss, of the pose.",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -49,6 +59,27 @@ def augment(images: torch.Tensor, mirrored: bool, generator: torch.Generator) ->
         images = torch.where(flip[:, None, None], images.flip(-1), images)
     rows, columns = torch.randint(0, 5, (2, count, 1), generator=generator) + torch.arange(size)
     return F.pad(images, (2, 2, 2, 2))[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def pose_of(images: torch.Tensor) -> torch.Tensor:
+    """Where what an image shows is, how large, and which way it is elongated, by the moments of its brightness.
+
+    Args:
+        images: uint8 `(n, size, size)`, dark where nothing is.
+
+    Returns:
+        float32 `(n, 5)`: horizontal and vertical place, log of the spread, and the elongation times cosine and sine of
+        twice its direction, which are the same for a direction and its opposite.
+    """
+    mass = images.float() + 1e-3  # of an empty image, the middle
+    mass = mass / mass.sum((1, 2), keepdim=True)
+    place = torch.linspace(-1, 1, images.shape[-1])
+    x, y = mass.sum(1) @ place, mass.sum(2) @ place
+    across, down = place - x[:, None], place - y[:, None]
+    xx, yy = (mass.sum(1) * across**2).sum(1), (mass.sum(2) * down**2).sum(1)
+    xy = torch.einsum("nij,ni,nj->n", mass, down, across)
+    spread = xx + yy
+    return torch.stack([x, y, spread.log(), (xx - yy) / spread, 2 * xy / spread], 1)
 
 
 def split_mix(mix: dict[str, Group]) -> tuple[dict, dict]:
@@ -108,12 +139,14 @@ def main() -> None:
     model = make_model(args.model, mix)
     matrices = [weight for name, weight in model.named_parameters() if ".layers." in name and weight.ndim == 2]
     rest = [weight for name, weight in model.named_parameters() if ".layers." not in name or weight.ndim != 2]
+    to_pose, features = torch.nn.Linear(model.config.hidden_size, 5), {}
+    model.classifier.register_forward_pre_hook(lambda module, inputs: features.update(seen=inputs[0]))
     optimizers = [
         torch.optim.Muon(matrices, 20 * args.learning_rate, weight_decay=0.05),
-        torch.optim.AdamW(rest, args.learning_rate),
+        torch.optim.AdamW([*rest, *to_pose.parameters()], args.learning_rate),
     ]
     schedulers = [get_cosine_schedule_with_warmup(optimizer, 200, args.max_steps) for optimizer in optimizers]
-    parts, generator, start = (model, *optimizers, *schedulers), torch.Generator().manual_seed(args.seed), 0
+    parts, generator, start = (model, to_pose, *optimizers, *schedulers), torch.Generator().manual_seed(args.seed), 0
     state_file = args.output_dir / "train.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -130,13 +163,18 @@ def main() -> None:
             chosen = torch.randint(len(train[name][0]), (count,), generator=generator)
             images.append(augment(train[name][0][chosen], name in MIRRORED, generator))
             labels.append(train[name][1][chosen])
-        logits = model(pixel_values=to_pixel_values(torch.cat(images))).logits
+        images = torch.cat(images)
+        logits = model(pixel_values=to_pixel_values(images)).logits
         loss, row = torch.zeros(()), 0
         for group, wanted in zip(logits.split(sizes, 1), labels, strict=True):
             rows = group[row : row + len(wanted)]
             loss = loss + F.cross_entropy(rows, wanted, label_smoothing=0.1, reduction="sum")
             row += len(wanted)
         loss = loss / row
+        if args.pose_weight:
+            pose = pose_of(images)
+            errors = F.mse_loss(to_pose(features["seen"]), pose, reduction="none").mean(0)
+            loss = loss + args.pose_weight * (errors / pose.var(0)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
