@@ -127,7 +127,8 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     best = trainer.state.best_model_checkpoint
-    if training.load_best_model_at_end and best and not script.lora_rank:
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # these load weights in names of their own
+    if training.load_best_model_at_end and best and not script.lora_rank and not sharded:
         model.load_state_dict(AutoModelForImageClassification.from_pretrained(best, dtype=torch.float32).state_dict())
     if script.lora_rank:
         trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
