@@ -46,7 +46,11 @@ LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default=str(EXAMPLES / "fashion_mnist" / "checkpoint"))
-    parser.add_argument("--plugins", default=str(EXAMPLES.parent / "hub_cards" / "tocom-vit-fashion-mnist"))
+    parser.add_argument(
+        "--plugins",
+        default=str(EXAMPLES.parent / "hub_cards" / "tocom-vit-fashion-mnist"),
+        help='Hub id or folder; "" for those that a checkpoint saved by TocomModel brings.',
+    )
     parser.add_argument("--source_r", type=int, help="Default: what the checkpoint records.")
     parser.add_argument("--degrees", type=int, nargs="+", help="Degrees to choose from; default: the set's.")
     parser.add_argument("--latency_ms", type=float, default=200, help="Objective for the time to an answer.")
