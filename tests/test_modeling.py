@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_plugins
 from families import FAMILIES
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import (
     AutoModelForImageClassification,
@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from tocom_hf import (
+    ArgumentError,
     ComposedWeightsError,
     DegreeError,
     PluginFileError,
@@ -313,6 +314,30 @@ def test_overrides_of_the_configuration_pass_through(checkpoint, plugins):
     assert same.target_r == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_auto_is_that_of_the_checkpoint(model, plugins, dtype, tmp_path):
+    model.to(dtype).save_pretrained(tmp_path)
+    automatic = TocomModel.from_pretrained(tmp_path, plugins=plugins, source_r=0, target_r=3, dtype="auto")
+    named = TocomModel.from_pretrained(tmp_path, plugins=plugins, source_r=0, target_r=3, dtype=dtype)
+    assert automatic.dtype == dtype
+    assert all(torch.equal(value, named.state_dict()[name]) for name, value in automatic.state_dict().items())
+
+
+def test_loading_info_is_refused_with_a_way(checkpoint, plugins):
+    with pytest.raises(ArgumentError, match=r"output_loading_info is not supported.*with transformers"):
+        TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, output_loading_info=True)
+
+
+def test_plugins_of_a_relative_path_outlive_a_change_of_the_working_directory(model, plugins, tmp_path, monkeypatch):
+    plugins.save_pretrained(tmp_path / "set")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    tocom = TocomModel.from_pretrained(model, plugins="set", source_r=0)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    tocom.set_target_r(4)
+    assert tocom.target_r == 4
+
+
 def test_a_checkpoint_of_another_class_is_refused(checkpoint, plugins):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "architectures": ["MyViT"]}))
@@ -331,6 +356,14 @@ def test_adapted_projections_are_refused(model, plugins, tmp_path):
     PeftModel.from_pretrained(model.vit, tmp_path, subfolder="P_0_1")
     with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
         TocomModel.from_pretrained(model, plugins=plugins, source_r=0, target_r=3)
+
+
+def test_adapters_that_transformers_attached_are_refused(model, plugins):
+    model.add_adapter(LoraConfig(target_modules=["fc1", "fc2"]))
+    with pytest.raises(UnsupportedModelError, match=r"adapters of its own .*merge_and_unload"):
+        TocomModel.from_pretrained(model, plugins=plugins, source_r=0, target_r=3)
+    with pytest.raises(UnsupportedModelError, match="adapters of its own"):
+        apply_tome(model, 2)
 
 
 def test_the_class_itself_makes_no_model():

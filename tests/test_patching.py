@@ -8,7 +8,8 @@ import reference
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import MODEL_CLASSES, make_model
-from transformers import Dinov2Config, Dinov2Model, ViTModel
+from families import FAMILIES
+from transformers import Dinov2Config, Dinov2Model, ViTMAEModel, ViTModel
 
 from tocom_hf import (
     ArgumentError,
@@ -201,3 +202,13 @@ def test_layers_of_the_users_own_are_refused(model):
     with pytest.raises(TocomError, match="my_code"):
         apply_tome(model, 4)
     assert describe(model) == before
+
+
+def test_mae_does_not_shuffle_what_merges():
+    """transformers shuffles its patches in every call, and which of them are in the same half decides what merges."""
+    family = next(family for family in FAMILIES if family.model_class is ViTMAEModel)
+    model, inputs = apply_tome(family.make(), 6), family.inputs()
+    in_order = family.result(model, inputs)
+    for call in (lambda: model(inputs["pixel_values"]), lambda: model(pixel_values=inputs["pixel_values"])):
+        with torch.no_grad():
+            torch.testing.assert_close(call().last_hidden_state[:, 0], in_order)

@@ -151,6 +151,11 @@ def find_backbone(model: nn.Module) -> Backbone:
             f"{type(model).__name__} is a model of PEFT whose adapters are not merged. Merge them into the weights "
             "first, then merge tokens or compose: model = model.merge_and_unload()."
         )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"The {type(model).__name__} has adapters of its own (add_adapter, load_adapter), which are not merged. "
+            "Load them with PEFT and merge them first: PeftModel.from_pretrained(base, adapter).merge_and_unload()."
+        )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"Expected a transformers model (PreTrainedModel), got {type(model).__name__}. "

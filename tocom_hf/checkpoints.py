@@ -75,6 +75,9 @@ class Checkpoint:
                 f"{CONFIG_NAME} of {self.name} asks for an attention kernel of the Hub, which is code. "
                 "Pass attn_implementation=... if you want one."
             )
+        # "auto" is for the weights: a configuration would take it for the name of a dtype
+        automatic = {name: arguments[name] for name in ("dtype", "torch_dtype") if arguments.get(name) == "auto"}
+        arguments = {name: value for name, value in arguments.items() if name not in automatic}
         try:
             config, rest = AutoConfig.from_pretrained(
                 override or self.folder, return_unused_kwargs=True, trust_remote_code=False, **arguments
@@ -86,7 +89,7 @@ class Checkpoint:
                 f"{CONFIG_NAME} of {self.name} asks for the weights {config.transformers_weights!r}. Only "
                 f"{SAFE_WEIGHTS_NAME}, whole or in shards, is loaded."
             )
-        return config, rest
+        return config, {**rest, **automatic}
 
     def fetch_weights(self, variant: str | None = None) -> None:
         """Download the weights, and check what can be checked before transformers reads them."""

@@ -26,7 +26,7 @@ class Repository:
 
     Attributes:
         name: The folder's path or the Hub id, as the user gave it.
-        folder: The local folder, or `None` for the Hub.
+        folder: The local folder, whose path does not depend on the working directory, or `None` for the Hub.
         probe: A file that the repository must have, and that every save replaces.
         subfolder: Where in the repository its files are.
         download: Arguments for `hf_hub_download`.
@@ -58,7 +58,7 @@ class Repository:
         """
         require_relative(subfolder, "subfolder")
         if Path(name).is_dir():
-            folder = Path(name) / subfolder
+            folder = Path(name).absolute() / subfolder
             repository = cls(str(name), folder, probe, subfolder)
             repository.path(probe)
             return cls(str(name), folder, probe, subfolder, generation=generation(folder, probe))
@@ -77,7 +77,7 @@ class Repository:
         require_relative(filename, "file name")
         if self.folder is not None:
             path = self.folder / filename
-            require_inside(path, Path(self.name))
+            require_inside(path, Path(str(self.folder).removesuffix(self.subfolder)))
             if not path.is_file():
                 raise PluginFileError(f"{path} is missing. Expected a folder written by save_pretrained.")
             return path

@@ -19,8 +19,15 @@ def model_inputs(model: PreTrainedModel, pixel_values: torch.Tensor) -> dict[str
     takes_any_size = "interpolate_pos_encoding" in inspect.signature(type(model).forward).parameters
     if takes_any_size and trained_at is not None and tuple(trained_at) != tuple(pixel_values.shape[2:]):
         inputs["interpolate_pos_encoding"] = True
-    if config.model_type == "vit_mae":
-        # it shuffles the patches by random noise even where it masks none: ascending noise keeps their order
-        patches = pixel_values[0, 0].numel() // config.patch_size**2
-        inputs["noise"] = torch.linspace(0, 1, patches, device=pixel_values.device).expand(len(pixel_values), -1)
+    if config.model_type == "vit_mae":  # without merging the order decides about rounding alone, but about that it does
+        inputs["noise"] = ascending_noise(pixel_values, config.patch_size)
     return inputs
+
+
+def ascending_noise(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """The `noise` with which ViT-MAE leaves the patches in order: float32 `(batch, patches)`.
+
+    It shuffles the patches by random noise even where it masks none.
+    """
+    patches = pixel_values[0, 0].numel() // patch_size**2
+    return torch.linspace(0, 1, patches, device=pixel_values.device).expand(len(pixel_values), -1)

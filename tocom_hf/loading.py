@@ -12,7 +12,7 @@ from transformers.utils import logging
 from .architectures import supported_types, unsupported
 from .checkpoints import Checkpoint
 from .composition import require_scale
-from .errors import DegreeError, PluginFileError, UnsupportedModelError
+from .errors import ArgumentError, DegreeError, PluginFileError, UnsupportedModelError
 from .folders import retry_while_saved
 from .merging import require_degree
 from .plugins import PluginSet
@@ -65,6 +65,11 @@ def _load(model: Any, plugins: Any, source_r: Any, target_r: Any, scale: Any, kw
     if isinstance(model, PreTrainedModel):
         config = model.config
     else:
+        if kwargs.pop("output_loading_info", False):
+            raise ArgumentError(
+                "output_loading_info is not supported: the result is one model. Load the checkpoint with transformers "
+                "to see what was missing, and pass the loaded model to TocomModel.from_pretrained."
+            )
         checkpoint = Checkpoint(model, kwargs)
         config, kwargs = checkpoint.config(kwargs.pop("config", None), kwargs)
         model_class = _model_class(config)

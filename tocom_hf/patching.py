@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Backbone, find_backbone
 from .errors import ArgumentError, DegreeError, UnsupportedInputError, UnsupportedModelError
+from .inputs import ascending_noise
 from .layers import LayerPart, MergeSettings, Merging, MergingAttention, MergingLayer, TokenState, merging_class
 from .merging import Schedule, output_positions, resolve_schedule
 
@@ -302,6 +303,10 @@ class MergeHook:
                 "Token merging does not take an attention mask: merged tokens have no single position to mask. "
                 "Call the model without attention_mask, or undo apply_tome first with remove_tome(model)."
             )
+        if module.config.model_type == "vit_mae" and len(args) < 2 and kwargs.get("noise") is None:
+            # which tokens may merge depends on their order, and the model shuffles them anew in every call
+            pixel_values = args[0] if args else kwargs["pixel_values"]
+            kwargs = {**kwargs, "noise": ascending_noise(pixel_values, module.config.patch_size)}
         return args, {**kwargs, "tome": TokenState(self.settings)}
 
 
