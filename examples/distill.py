@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 from accelerate import Accelerator
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser
 
 from tocom_hf import PluginSet, TocomError
 from tocom_hf.architectures import ARCHITECTURES
-from tocom_hf.data import TrainingImages, load_images
+from tocom_hf.data import TrainingImages, load_images, require_different_images
 from tocom_hf.distillation import PRESETS, DistillationArguments, distill, hold_out, save_agreement
 from tocom_hf.errors import DistillationInterrupted
 
@@ -43,7 +44,9 @@ class ScriptArguments:
         metadata={"help": "Plugin set to start from: Hub id or folder. Its max_r, rank and scale become the defaults."},
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many images."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only so many images, drawn at random (of a stream the first)."}
+    )
     streaming: bool = field(default=False, metadata={"help": "Read images as they come; needs max_steps."})
     image_size: int | None = field(default=None, metadata={"help": "Height and width, if not the processor's."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
@@ -75,9 +78,10 @@ def load_model(script: ScriptArguments) -> transformers.PreTrainedModel:
     vision tower. In full precision, whatever the checkpoint is stored in."""
     config = AutoConfig.from_pretrained(script.model_name_or_path, revision=script.model_revision)
     tower = getattr(config, "vision_config", None)
-    has_head = any(name.endswith("ForImageClassification") for name in config.architectures or ())
-    if has_head:
-        model_class = transformers.AutoModelForImageClassification
+    # DeiT's class with two heads is known to no Auto class
+    heads = [name for name in config.architectures or () if "ForImageClassification" in name]
+    if heads:
+        model_class = getattr(transformers, heads[0], transformers.AutoModelForImageClassification)
     elif tower is not None and tower.model_type in ARCHITECTURES:
         model_class = transformers.AutoModel._model_mapping[type(tower)]
     else:
@@ -93,18 +97,23 @@ def load_model(script: ScriptArguments) -> transformers.PreTrainedModel:
 
 
 def load_data(script: ScriptArguments, training: DistillationArguments) -> tuple:
+    if script.eval_split is not None:
+        require_different_images(script.dataset_name, script.dataset_split, script.eval_split)
     processor = AutoImageProcessor.from_pretrained(script.model_name_or_path, revision=script.model_revision)
     if script.image_size is not None:
         processor.size = {"height": script.image_size, "width": script.image_size}
         processor.crop_size = None
-    common = {"config_name": script.dataset_config_name, "image_column": script.image_column}
+    common = {
+        "config_name": script.dataset_config_name,
+        "image_column": script.image_column,
+        "streaming": script.streaming,
+    }
     views = {"image_column": script.image_column, "min_crop": training.min_crop, "flip": training.flip}
     images = TrainingImages(
         load_images(
             script.dataset_name,
             split=script.dataset_split,
             max_samples=script.max_train_samples,
-            streaming=script.streaming,
             **common,
         ),
         processor,
@@ -114,6 +123,9 @@ def load_data(script: ScriptArguments, training: DistillationArguments) -> tuple
         held_out = load_images(
             script.dataset_name, split=script.eval_split, max_samples=script.num_eval_images, **common
         )
+        if script.streaming:  # so few are held
+            encoded = held_out.cast_column(script.image_column, datasets.Image(decode=False))
+            held_out = datasets.Dataset.from_list(list(encoded), features=encoded.features)
         return images, TrainingImages(held_out, processor, **views)
     count = 0 if script.streaming else min(script.num_eval_images, len(images) // 10)
     return hold_out(images, count, training.seed) if count else (images, None)

@@ -16,13 +16,15 @@ import datetime
 import platform
 from pathlib import Path
 
+import datasets
 import torch
 from accelerate import Accelerator
 from torch.utils.data import default_collate
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, PreTrainedConfig
 
 from tocom_hf import ArgumentError, DatasetError, PluginSet, TocomModel
-from tocom_hf.data import with_pixel_values
+from tocom_hf.composition import require_scale
+from tocom_hf.data import require_different_images, with_pixel_values
 from tocom_hf.grid import evaluate_checkpoint
 from tocom_hf.reports import Report, measure_costs
 from tocom_hf.scales import WIDE_SCALES
@@ -83,18 +85,49 @@ def for_each(checkpoints: list, values: list, option: str) -> list:
     return values * len(checkpoints) if len(values) == 1 else values
 
 
+def require_classes(dataset: datasets.Dataset, split: str, config: PreTrainedConfig, checkpoint: str) -> None:
+    """Check that the labels of a split mean what they mean to a checkpoint."""
+    highest = max(dataset["label"])
+    if highest >= config.num_labels:
+        raise DatasetError(
+            f"The {split} split has the label {highest}, but {checkpoint} knows {config.num_labels} classes."
+        )
+    names = getattr(dataset.features["label"], "names", None) or []
+    known = [config.id2label[index] for index in range(config.num_labels)]
+    if names != known and sorted(names) == sorted(known):
+        index = next(i for i, (name, own) in enumerate(zip(names, known, strict=True)) if name != own)
+        raise DatasetError(
+            f"The classes of the {split} split are those of {checkpoint} in another order: {index} is {names[index]!r} "
+            f"there and {known[index]!r} to the checkpoint. Bring the data set into its order with "
+            "dataset.align_labels_with_mapping(config.label2id, 'label')."
+        )
+
+
+def require_folder(path: Path) -> None:
+    """Make the folder of the results, before there are any that could be lost."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(f"The folder {path} cannot be made: {error}. Choose another --output_dir.") from error
+
+
 def main() -> None:
     args = parse_args()
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     degrees = sorted(set(args.target_r))
+    for scale in (*args.scales, *args.fixed_scales):
+        require_scale(scale)
     source_rs = for_each(args.checkpoints, args.source_r or [None], "--source_r")
     sets = {name: PluginSet.from_pretrained(name) for name in args.plugins}
     plugins = for_each(args.checkpoints, [sets[name] for name in args.plugins] or [None], "--plugins")
 
+    if args.plugins:
+        require_different_images(args.dataset_name, args.validation_split, args.test_split)
     with accelerator.main_process_first():
         test = load_split(args, args.test_split)
         validation = load_split(args, args.validation_split) if args.plugins else None
-    if validation is not None and args.validation_split.partition("[")[0] == args.test_split.partition("[")[0]:
+    one_source = args.validation_split.partition("[")[0] == args.test_split.partition("[")[0]
+    if validation is not None and (one_source or Path(args.dataset_name).is_file()):
         require_disjoint(validation, test)
 
     def load(index: int) -> TocomModel:
@@ -102,15 +135,16 @@ def main() -> None:
             args.checkpoints[index], plugins=plugins[index], source_r=source_rs[index], dtype=torch.float32
         )
 
-    labels = max(test["label"])
+    splits = {"test": test} if validation is None else {"test": test, "validation": validation}
     for index, checkpoint in enumerate(args.checkpoints):  # before the first of them runs; one at a time in memory
         model = load(index)
-        if labels >= model.config.num_labels:
-            raise DatasetError(
-                f"The test split has the label {labels}, but {checkpoint} knows {model.config.num_labels} classes."
-            )
+        AutoImageProcessor.from_pretrained(checkpoint)
+        for split, dataset in splits.items():
+            require_classes(dataset, split, model.config, checkpoint)
         for degree in degrees if model.plugins is not None else ():
             model.plugins.compose(model.source_r, degree)
+
+    require_folder(args.output_dir)
 
     runs, costs = [], []
     for index, checkpoint in enumerate(args.checkpoints):

@@ -27,8 +27,8 @@ from transformers import (
     set_seed,
 )
 
-from tocom_hf import TocomModel
-from tocom_hf.data import with_pixel_values
+from tocom_hf import ArgumentError, TocomModel
+from tocom_hf.data import require_different_images, with_pixel_values
 from tocom_hf.tasks import load_labelled
 
 
@@ -95,6 +95,8 @@ def main() -> None:
     training.label_names = ["labels"]  # Trainer does not look for them inside of a PEFT model
     set_seed(training.seed)
 
+    if script.eval_split:
+        require_different_images(script.dataset_name, script.train_split, script.eval_split)
     train, num_labels = load_split(script, script.train_split)
     feature = train.features["label"]
     if hasattr(feature, "names"):
@@ -108,7 +110,13 @@ def main() -> None:
         script.model_name_or_path if script.lora_rank else training.resume_from_checkpoint or script.model_name_or_path
     )
     config = AutoConfig.from_pretrained(start, **labels)
-    config.__dict__.pop("tocom", None)  # the degree that the checkpoint was trained at; this run makes a new one
+    # the degree that the checkpoint was trained at; this run makes a new one
+    recorded = config.__dict__.pop("tocom", None)
+    if start == training.resume_from_checkpoint and recorded and recorded.get("source_r") != script.source_r:
+        raise ArgumentError(
+            f"{start} was trained at source_r={recorded.get('source_r')}, and shall go on at --source_r "
+            f"{script.source_r}. Pass the --source_r of the run that is resumed."
+        )
     model = AutoModelForImageClassification.from_pretrained(
         start, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
     )

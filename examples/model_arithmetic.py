@@ -74,6 +74,8 @@ def main() -> None:
             f"There are {len(args.source_b)} checkpoints of task B, {len(args.target_b)} of it trained at the target, "
             f"and {len(args.dataset_name)} data sets; give as many of each."
         )
+    if args.output.is_dir():
+        raise ArgumentError(f"--output {args.output} is a folder; expected the JSON file to write.")
     source_r, target_r = recorded_r(args.source_a), recorded_r(args.target_a)
     for checkpoint, wanted in [(c, source_r) for c in args.source_b] + [(c, target_r) for c in args.target_b]:
         if recorded_r(checkpoint) != wanted:

@@ -1,14 +1,16 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 import pickle
+from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from tocom_hf import DatasetError
-from tocom_hf.data import load_images, with_pixel_values
+from tocom_hf.data import TrainingImages, load_images, with_pixel_values
 
 
 @pytest.fixture
@@ -47,6 +49,48 @@ def test_folders_and_parquet_files_load_alike(source, request):
 def test_slices_and_limits(parquet):
     assert len(load_images(parquet, split="train[:4]")) == 4
     assert len(load_images(parquet, max_samples=2)) == 2
+
+
+def test_a_limit_draws_from_all_classes_and_always_the_same(tmp_path):
+    """Folders of images are sorted by class, and the first so many would be of one class."""
+    for label in range(4):
+        (tmp_path / "sorted" / str(label)).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (4, 4), (label, i, 0)).save(tmp_path / "sorted" / str(label) / f"{i}.png")
+    drawn = load_images(str(tmp_path / "sorted"), label_column="label", max_samples=12)
+    assert set(drawn["label"]) == {0, 1, 2, 3}
+    pixels = [image.getpixel((0, 0)) for image in drawn["image"]]
+    assert len(set(pixels)) == 12
+    again = load_images(str(tmp_path / "sorted"), label_column="label", max_samples=12)
+    assert pixels == [image.getpixel((0, 0)) for image in again["image"]]
+    every = load_images(str(tmp_path / "sorted"), label_column="label", max_samples=100)
+    assert every["label"][:] == [label for label in range(4) for _ in range(10)]
+
+
+def test_images_that_cannot_be_read_are_named(image_folder):
+    broken = Path(image_folder) / "cat" / "1.png"
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(broken)
+    broken.write_bytes(broken.read_bytes()[:-1000])
+    images = load_images(image_folder)
+    processor = ViTImageProcessorPil(size={"height": 4, "width": 4})
+    for read in (
+        lambda: with_pixel_values(images, processor)[0:6],
+        lambda: [TrainingImages(images, processor)[i] for i in range(6)],
+    ):
+        with pytest.raises(DatasetError, match=r"cat/1\.png in the column 'image' cannot be read: .*truncated"):
+            read()
+
+
+def test_16_bits_become_8():
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    images = datasets.Dataset.from_dict({"image": [Image.fromarray(ramp)]}).cast_column("image", datasets.Image())
+    assert images[0]["image"].mode.startswith("I;16")
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    pixels = TrainingImages(images, processor)[0]["pixel_values"]
+    torch.testing.assert_close(pixels[0].double(), torch.from_numpy(ramp / 257.0), rtol=0, atol=1)
+    processed = with_pixel_values(images, processor)[0]["pixel_values"]
+    torch.testing.assert_close((processed[0] + 1) * 127.5, pixels[0].float())
 
 
 def test_grey_and_transparent_images_become_rgb():

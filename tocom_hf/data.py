@@ -2,6 +2,7 @@
 """Images for distillation and fine-tuning: any data set that `datasets` loads, turned into `pixel_values`."""
 
 import copy
+import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
 from .errors import ArgumentError, DatasetError
+
+
+_SEED = 0  # of the samples that max_samples draws
 
 
 def load_images(
@@ -38,7 +42,8 @@ def load_images(
         config_name: Configuration of a Hub data set.
         image_column: Column of the images.
         label_column: Column of the integer labels, where they are needed.
-        max_samples: Keep only the first so many samples.
+        max_samples: Keep only so many samples, drawn at random but always the same, because data sets are often sorted
+            by class; of a stream the first.
         streaming: Read the samples as they come, without downloading or indexing the whole data set first.
 
     Returns:
@@ -53,7 +58,7 @@ def load_images(
     >>> from tocom_hf import load_images
     >>> images = load_images("examples/fashion_mnist/test.parquet", split="test", label_column="label", max_samples=3)
     >>> images["label"][:]
-    [9, 2, 1]
+    [1, 8, 1]
 
     ```
     """
@@ -90,11 +95,30 @@ def load_images(
             f"The column {label_column!r} of {name!r} holds {label_feature}, not integer labels. "
             "Convert it with Dataset.class_encode_column, or name the label column with --label_column."
         )
-    if max_samples is not None:
-        loaded = loaded.take(max_samples) if streaming else loaded.select(range(min(max_samples, len(loaded))))
+    if max_samples is not None and streaming:
+        loaded = loaded.take(max_samples)
+    elif max_samples is not None and max_samples < len(loaded):
+        loaded = loaded.shuffle(seed=_SEED).select(range(max_samples))
     if not streaming and len(loaded) == 0:
         raise DatasetError(f"The split {split!r} of the data set {name!r} is empty.")
     return loaded.select_columns([column for column in (image_column, label_column) if column])
+
+
+def require_different_images(name: str, first: str, second: str) -> None:
+    """Refuse two splits of a single file that are the same part of it: a file has no splits, only slices.
+
+    Args:
+        name: The data set, as in `load_images`.
+        first, second: Splits, in the slicing syntax of `datasets`.
+
+    Raises:
+        DatasetError: if they are the same images.
+    """
+    if Path(name).is_file() and first.partition("[")[1:] == second.partition("[")[1:]:
+        raise DatasetError(
+            f"{name} is a single file, so that its splits {first!r} and {second!r} are the same images. Take slices "
+            f"that do not overlap, such as {first.partition('[')[0]}[:80%] and {second.partition('[')[0]}[80%:]."
+        )
 
 
 def _is_path(name: str) -> bool:
@@ -130,7 +154,9 @@ def with_pixel_values(
     ```
     """
 
-    return dataset.with_transform(_Process(processor, image_column, label_column))
+    # undecoded, so that an image that cannot be read is named
+    encoded = dataset.cast_column(image_column, datasets.Image(decode=False))
+    return encoded.with_transform(_Process(processor, image_column, label_column))
 
 
 @dataclass(frozen=True)
@@ -142,7 +168,7 @@ class _Process:
     label_column: str | None
 
     def __call__(self, batch: dict[str, list]) -> dict[str, Any]:
-        images = [_decode(image, self.image_column) for image in batch[self.image_column]]
+        images = [_open(image, self.image_column) for image in batch[self.image_column]]
         sample: dict[str, Any] = {"pixel_values": list(self.processor(images, return_tensors="pt")["pixel_values"])}
         if self.label_column is not None:
             sample["labels"] = batch[self.label_column]
@@ -184,14 +210,13 @@ class TrainingImages(Dataset):
         normalised = getattr(processor, "do_normalize", False)
         self.image_mean = torch.tensor(processor.image_mean) if normalised else None
         self.image_std = torch.tensor(processor.image_std) if normalised else None
-        self._decoder = datasets.Image()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """The whole image, resized: `pixel_values` as uint8 `(3, height, width)`."""
-        image = self._open(self.images[index])
+        image = _open(self.images[index][self.image_column], self.image_column)
         return {"pixel_values": self._resize(image, (0, 0, *image.size))}
 
     def select(self, indices: Iterable[int]) -> "TrainingImages":
@@ -207,13 +232,10 @@ class TrainingImages(Dataset):
             sample: Index of the image, or the sample itself as it comes from a stream.
             generator: Decides the view.
         """
-        image = self._open(self.images[sample] if isinstance(sample, int) else sample)
+        sample = self.images[sample] if isinstance(sample, int) else sample
+        image = _open(sample[self.image_column], self.image_column)
         view = self._resize(image, _random_box(image.size, self.min_crop, generator))
         return view.flip(-1) if generator.random() < self.flip else view
-
-    def _open(self, sample: dict[str, Any]) -> Image.Image:
-        encoded = sample[self.image_column]
-        return _decode(None if encoded is None else self._decoder.decode_example(encoded), self.image_column)
 
     def _resize(self, image: Image.Image, box: "_Box") -> torch.Tensor:
         height, width = self.size
@@ -221,9 +243,24 @@ class TrainingImages(Dataset):
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
 
-def _decode(image: Image.Image | None, column: str) -> Image.Image:
-    if image is None:
+def _open(encoded: dict[str, Any] | None, column: str) -> Image.Image:
+    """Decode a sample of an `Image(decode=False)` column."""
+    if encoded is None:
         raise DatasetError(f"The column {column!r} has a sample without an image. Filter it out first.")
+    try:
+        return to_rgb(datasets.Image().decode_example(encoded))
+    except (OSError, SyntaxError) as error:  # of Pillow, for files that are cut off or damaged
+        content = encoded["bytes"]
+        name = encoded["path"] or f"of {len(content)} bytes, SHA-256 {hashlib.sha256(content).hexdigest()[:12]}"
+        raise DatasetError(
+            f"The image {name} in the column {column!r} cannot be read: {error}. Repair it or take it out of the data."
+        ) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image in RGB, 8 bits each; of 16 bits the upper 8, where `Image.convert` would cut them off at 255."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 

@@ -32,7 +32,7 @@ from .plugin_chain import PluginChain
 from .plugins import PluginSet
 from .training import Training
 from .training_data import is_stream
-from .training_state import find_checkpoint
+from .training_state import find_checkpoint, make_output_dir
 
 
 logger = logging.get_logger(__name__)
@@ -112,7 +112,10 @@ def distill(
     start = None if init_plugins is None else _starting_plugins(init_plugins, backbone, args)
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     steps = _count_steps(dataset, args, global_batch)
-    resume = find_checkpoint(args.output_dir, args.resume_from_checkpoint) if args.output_dir is not None else None
+    resume = None
+    if args.output_dir is not None:
+        make_output_dir(args.output_dir)
+        resume = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
 
     torch.manual_seed(args.seed)
     facts = BackboneFacts.of(backbone)

@@ -1,6 +1,7 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """The labelled data sets of the paper by name: where they are on the Hub, and which columns and splits they have."""
 
+import hashlib
 from dataclasses import dataclass
 
 import datasets
@@ -90,7 +91,7 @@ def load_labelled(
         The data set with the columns `image` and `label`, and the number of classes.
 
     Raises:
-        DatasetError: if it cannot be loaded, is empty, or lacks a column or a split.
+        DatasetError: if it cannot be loaded, is empty, or lacks a column, a split, or the label of an image.
     """
     task = TASKS.get(name)
     if task is None:
@@ -98,6 +99,7 @@ def load_labelled(
             name, config_name=config_name, split=split, image_column=image_column, label_column=label_column
         )
         found = _rename(found, image_column, label_column)
+        _require_labels(found, name, split)
         feature = found.features["label"]
         return found, getattr(feature, "num_classes", None) or max(found["label"]) + 1
     if split not in _SPLITS:
@@ -114,12 +116,23 @@ def load_labelled(
         end = 1000 if task.few_shot else len(found)
         start, stop = {"train": (0, training), "validation": (training, end), "train+validation": (0, end)}[split]
         found = found.shuffle(seed=_SEED).select(range(start, min(stop, len(found))))
-    return _rename(found, task.image_column, task.label_column), task.num_classes
+    found = _rename(found, task.image_column, task.label_column)
+    _require_labels(found, name, split)
+    return found, task.num_classes
 
 
 def _rename(dataset: datasets.Dataset, image_column: str, label_column: str) -> datasets.Dataset:
     names = {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
     return dataset.rename_columns(names) if names else dataset
+
+
+def _require_labels(dataset: datasets.Dataset, name: str, split: str) -> None:
+    missing = sum(label is None or label < 0 for label in dataset["label"])
+    if missing:
+        raise DatasetError(
+            f"{missing} of the {len(dataset)} images of the split {split!r} of {name!r} have no label (None or "
+            "negative), as in test splits whose labels are secret. Name a split with labels, or filter them out."
+        )
 
 
 def require_disjoint(validation: datasets.Dataset, test: datasets.Dataset) -> None:
@@ -141,4 +154,5 @@ def require_disjoint(validation: datasets.Dataset, test: datasets.Dataset) -> No
 
 def _images(dataset: datasets.Dataset) -> set:
     encoded = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
-    return {(sample["image"]["bytes"] or sample["image"]["path"]) for sample in encoded}
+    images = (sample["image"] for sample in encoded)
+    return {hashlib.sha256(image["bytes"]).digest() if image["bytes"] else image["path"] for image in images if image}

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,22 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints in a folder, the newest first."""
     found = [(int(match[1]), path) for path in Path(output_dir).glob("*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def make_output_dir(output_dir: str | Path) -> None:
+    """Make the folder of a run where there is none, so that one that cannot be is found before any work is done.
+
+    Raises:
+        CheckpointError: if it cannot be made, or nothing can be written into it.
+    """
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"Nothing can be written into {output_dir}: {error}. Choose another output_dir."
+        ) from error
 
 
 def find_checkpoint(output_dir: str | Path, resume_from: str | None) -> tuple[Path, Checkpoint] | None:
