@@ -31,15 +31,18 @@ import uvicorn
 from degree_policy import DegreePolicy
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from transformers import AutoImageProcessor
 
 from tocom_hf import TocomModel, calibrate
+from tocom_hf.data import to_rgb
 
 
 EXAMPLES = Path(__file__).parent
 MAX_BYTES, MAX_PIXELS = 16 * 2**20, 64 * 10**6
+# not all that Pillow reads: some it hands to other programs
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -191,12 +194,12 @@ class Batcher:
 def decode(data: bytes) -> Image.Image:
     """An RGB image from the bytes of a file; status 400 if they are none, 413 if it is too large."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise HTTPException(413, f"The image has {image.size} pixels; {MAX_PIXELS} in all are the limit.")
-        return image.convert("RGB")
+        return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
-        raise HTTPException(400, "The body is not an image of a known format.") from error
+        raise HTTPException(400, f"The body is not an image of a known format ({', '.join(FORMATS)}).") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise HTTPException(400, f"The body is not an image that can be read: {error}") from error
 
@@ -213,17 +216,19 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def decode_all(body: bytes, content_type: str) -> list[Image.Image]:
-    """The image that is the body; or those in a JSON body `{"images": [<base64>, ...]}`."""
+def decode_all(body: bytes, content_type: str, limit: int) -> list[Image.Image]:
+    """The image that is the body; or those in a JSON body `{"images": [<base64>, ...]}`, no more than `limit`."""
     if not content_type.startswith("application/json"):
         return [decode(body)]
     try:
         encoded = json.loads(body)["images"]
         files = [base64.b64decode(text, validate=True) for text in encoded]
-    except (ValueError, KeyError, TypeError, binascii.Error) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, binascii.Error) as error:
         raise HTTPException(400, f'Expected {{"images": [<base64>, ...]}}: {error!r}') from error
     if not files:
         raise HTTPException(400, "There are no images in the list.")
+    if len(files) > limit:  # before they are decoded: a small file may hold a large image
+        raise HTTPException(413, f"{len(files)} images in a request; {limit} are the limit.")
     return [decode(file) for file in files]
 
 
@@ -274,9 +279,8 @@ def create_app(
         try:
             batcher.require_room(1)
             # large images take a while: other requests go on meanwhile
-            images = await asyncio.to_thread(decode_all, body, request.headers.get("content-type", ""))
-            if len(images) > policy.max_batch_size:
-                raise HTTPException(413, f"{len(images)} images in a request; {policy.max_batch_size} are the limit.")
+            content_type = request.headers.get("content-type", "")
+            images = await asyncio.to_thread(decode_all, body, content_type, policy.max_batch_size)
             pixel_values = await asyncio.to_thread(preprocess, images)
             answer = await batcher.classify(pixel_values)
         except OverloadedError as error:

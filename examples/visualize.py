@@ -8,12 +8,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModel
 
 from tocom_hf import apply_tome, trace_tokens
 from tocom_hf.architectures import find_backbone
-from tocom_hf.data import load_images
+from tocom_hf.data import load_images, to_rgb
 from tocom_hf.visualization import paint_groups, tile
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     model = AutoModel.from_pretrained(args.model_name_or_path).eval()
     processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
     if args.images:
-        images = [Image.open(path).convert("RGB") for path in args.images]
+        images = [to_rgb(ImageOps.exif_transpose(Image.open(path))) for path in args.images]
     else:
         images = load_images(args.dataset_name, split=args.dataset_split, max_samples=args.num_images)["image"][:]
     pixel_values = processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]

@@ -193,6 +193,7 @@ def test_several_images_in_one_request(loaded):
     [
         (b"", "image/png", 400, "empty"),
         (b"not an image", "image/png", 400, "known format"),
+        (b"[" * 100_000, "application/json", 400, "Expected"),
         (png()[:-300], "image/png", 400, "not an image"),
         (b"{", "application/json", 400, "Expected"),
         (b"[]", "application/json", 400, "Expected"),
@@ -203,7 +204,7 @@ def test_several_images_in_one_request(loaded):
         (b'{"images": [' + b",".join([b'"' + base64.b64encode(png()) + b'"'] * 5) + b"]}", "application/json", 413,
          "5 images"),
     ],
-    ids=range(10),
+    ids=range(11),
 )  # fmt: skip
 def test_bad_requests_are_refused_and_do_no_harm(loaded, body, content_type, status, message):
     with Service(loaded, objective=100.0) as service:
@@ -220,6 +221,33 @@ def test_too_many_pixels(loaded, monkeypatch):
     monkeypatch.setattr(serve, "MAX_PIXELS", 100)
     with Service(loaded, objective=100.0) as service:
         assert service.predict(png()).status_code == 413
+
+
+def test_too_many_images_are_counted_before_they_are_decoded(loaded, monkeypatch):
+    """A body of a few megabytes can hold images of many gigabytes."""
+    import serve
+
+    monkeypatch.setattr(serve, "decode", lambda data: pytest.fail("decoded"))
+    with Service(loaded, objective=100.0) as service:
+        answer = service.client.post("/predict", json={"images": [base64.b64encode(png()).decode()] * 5})
+        assert (answer.status_code, answer.json()["error"]) == (413, "5 images in a request; 4 are the limit.")
+
+
+def test_formats_that_pillow_hands_to_other_programs_are_not_opened(loaded):
+    with Service(loaded, objective=100.0) as service:
+        answer = service.predict(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n%%EndComments\nshowpage\n")
+        assert answer.status_code == 400
+        assert "known format (PNG, JPEG" in answer.json()["error"]
+
+
+def test_photographs_stand_as_their_camera_was_held(loaded):
+    from serve import decode
+
+    image, exif = Image.new("RGB", (40, 20)), Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to show
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", exif=exif)
+    assert decode(buffer.getvalue()).size == (20, 40)
 
 
 def test_requests_that_wait_become_batches_at_a_higher_degree(loaded):
