@@ -18,7 +18,7 @@ import transformers
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser
 
-from tocom_hf import PluginSet, TocomError
+from tocom_hf import DatasetError, PluginSet, TocomError
 from tocom_hf.architectures import ARCHITECTURES
 from tocom_hf.data import TrainingImages, load_images, require_different_images
 from tocom_hf.distillation import PRESETS, DistillationArguments, distill, hold_out, save_agreement
@@ -125,7 +125,10 @@ def load_data(script: ScriptArguments, training: DistillationArguments) -> tuple
         )
         if script.streaming:  # so few are held
             encoded = held_out.cast_column(script.image_column, datasets.Image(decode=False))
-            held_out = datasets.Dataset.from_list(list(encoded), features=encoded.features)
+            samples = list(encoded)
+            if not samples:
+                raise DatasetError(f"There are no images in the split {script.eval_split!r} of {script.dataset_name}.")
+            held_out = datasets.Dataset.from_list(samples, features=encoded.features)
         return images, TrainingImages(held_out, processor, **views)
     count = 0 if script.streaming else min(script.num_eval_images, len(images) // 10)
     return hold_out(images, count, training.seed) if count else (images, None)

@@ -146,11 +146,14 @@ def test_a_distilled_deit_is_distilled_on_its_logits_and_a_stream_stays_one(scri
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "deit")
     pictures(tmp_path / "images/train", 12, 0)
     pictures(tmp_path / "images/test", 6, 1)
-    script(
+    command = (
         "distill", "--model_name_or_path", tmp_path / "deit", "--dataset_name", tmp_path / "images", "--streaming",
-        "--eval_split", "test", "--num_eval_images", 4, "--eval_degrees", 0, 2, "--max_r", 2, "--max_steps", 2,
+        "--eval_split", "test", "--eval_degrees", 0, 2, "--max_r", 2, "--max_steps", 2,
         "--per_device_train_batch_size", 4, "--output_dir", tmp_path / "set",
     )  # fmt: skip
+    with pytest.raises(DatasetError, match="no images in the split 'test'"):
+        script(*command, "--num_eval_images", 0)
+    script(*command, "--num_eval_images", 4)
     training = PluginSet.from_pretrained(tmp_path / "set").config.training
     assert training["objective"] == "logits"
     assert training["agreement"]["images"] == 4
