@@ -70,7 +70,8 @@ def make_plugins(settings: dict, data: Path, folder: Path, args: argparse.Namesp
     images, steps = settings.pop("images", None), args.max_steps // (2 if settings.pop("half", False) else 1)
     if not (folder / CONFIG_NAME).exists():
         processor = AutoImageProcessor.from_pretrained(CHECKPOINT)
-        dataset = TrainingImages(load_images(str(data / "train.parquet"), max_samples=images), processor, min_crop=0.5)
+        split = "train" if images is None else f"train[:{images}]"
+        dataset = TrainingImages(load_images(str(data / "train.parquet"), split=split), processor, min_crop=0.5)
         arguments = DistillationArguments(**{**RECIPE, "max_steps": steps, "seed": args.seed, **settings})
         model = AutoModelForImageClassification.from_pretrained(CHECKPOINT)
         distill(model, dataset, arguments, base_model="vit-fashion-mnist").save_pretrained(folder)
@@ -84,7 +85,7 @@ class Judge:
         self.proportional_attention = proportional_attention
         self.model = AutoModelForImageClassification.from_pretrained(CHECKPOINT).eval()
         self.weights = copy.deepcopy(find_backbone(self.model).projections())
-        images = load_images(str(data / "test.parquet"), split="test", max_samples=count)
+        images = load_images(str(data / "test.parquet"), split=f"test[:{count}]")
         processed = with_pixel_values(images, AutoImageProcessor.from_pretrained(CHECKPOINT))
         self.batches = [batch["pixel_values"] for batch in DataLoader(processed, batch_size=250)]
         self.teachers = {r: self.run(r) for r in DEGREES}
