@@ -296,7 +296,7 @@ class MergeHook:
     def __init__(self, settings: MergeSettings, mask_index: int | None, bound: bool):
         self.settings, self.mask_index, self.bound = settings, mask_index, bound
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def __call__(self, module: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         positional = self.mask_index is not None and len(args) > self.mask_index and args[self.mask_index] is not None
         if positional or kwargs.get("attention_mask") is not None:
             raise UnsupportedInputError(
