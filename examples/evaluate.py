@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, PreTrainedConfig
 
 from tocom_hf import ArgumentError, DatasetError, PluginSet, TocomModel
 from tocom_hf.composition import require_scale
-from tocom_hf.data import require_different_images, with_pixel_values
+from tocom_hf.data import with_pixel_values
 from tocom_hf.grid import evaluate_checkpoint
 from tocom_hf.reports import Report, measure_costs
 from tocom_hf.scales import WIDE_SCALES
@@ -121,8 +121,6 @@ def main() -> None:
     sets = {name: PluginSet.from_pretrained(name) for name in args.plugins}
     plugins = for_each(args.checkpoints, [sets[name] for name in args.plugins] or [None], "--plugins")
 
-    if args.plugins:
-        require_different_images(args.dataset_name, args.validation_split, args.test_split)
     with accelerator.main_process_first():
         test = load_split(args, args.test_split)
         validation = load_split(args, args.validation_split) if args.plugins else None
@@ -135,10 +133,10 @@ def main() -> None:
             args.checkpoints[index], plugins=plugins[index], source_r=source_rs[index], dtype=torch.float32
         )
 
+    processors = [AutoImageProcessor.from_pretrained(checkpoint) for checkpoint in args.checkpoints]
     splits = {"test": test} if validation is None else {"test": test, "validation": validation}
     for index, checkpoint in enumerate(args.checkpoints):  # before the first of them runs; one at a time in memory
         model = load(index)
-        AutoImageProcessor.from_pretrained(checkpoint)
         for split, dataset in splits.items():
             require_classes(dataset, split, model.config, checkpoint)
         for degree in degrees if model.plugins is not None else ():
@@ -149,8 +147,9 @@ def main() -> None:
     runs, costs = [], []
     for index, checkpoint in enumerate(args.checkpoints):
         model = load(index)
-        processor = AutoImageProcessor.from_pretrained(checkpoint)
-        processed = [data and with_pixel_values(data, processor, label_column="label") for data in (test, validation)]
+        processed = [
+            data and with_pixel_values(data, processors[index], label_column="label") for data in (test, validation)
+        ]
         runs += evaluate_checkpoint(
             model,
             Path(checkpoint).name,

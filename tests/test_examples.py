@@ -378,7 +378,7 @@ def test_model_arithmetic_adds_the_difference_of_two_models(tmp_path):
         (
             "evaluate",
             ["--validation_split", "test[:20]"],
-            "the same images",
+            "20 images are in the validation split and in the test split",
         ),
     ],
 )

@@ -58,15 +58,15 @@ BOTH = ("--plugins", PLUGINS, "--validation_split", "validation[:20]", "--test_s
 
 
 def test_one_file_is_not_two_splits(script):
-    message = "single file, so that its splits 'validation' and 'test' are the same images"
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(DatasetError, match="800 images are in the validation split and in the test split"):
         script("evaluate", *EVALUATE, "--plugins", PLUGINS, "--dataset_name", IMAGES)
     with pytest.raises(DatasetError, match="20 images are in the validation split and in the test split"):
         script(
             "evaluate", *EVALUATE, *BOTH[:2], "--dataset_name", IMAGES, "--validation_split", "validation[:40]",
             "--test_split", "test[20:60]",
         )  # fmt: skip
-    with pytest.raises(DatasetError, match="are the same images"):
+    message = "single file, so that its splits 'train' and 'test' are the same images"
+    with pytest.raises(DatasetError, match=message):
         script(
             "finetune", "--model_name_or_path", CHECKPOINT, "--dataset_name", IMAGES, "--eval_split", "test",
             "--output_dir", "tuned",
