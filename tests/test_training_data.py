@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
 from tocom_hf import DatasetError
@@ -109,6 +110,14 @@ def test_a_stream_goes_on_at_the_right_sample(folder, workers):
             assert torch.equal(keys, expected_keys)
             assert torch.equal(pixels, expected_pixels)
     assert len({int(key) for _, keys in whole for key in keys}) == 60
+
+
+def test_workers_do_not_share_their_epoch(folder):
+    """One that is ahead would set the order of another that has yet to begin."""
+    stream = KeyedStream(stream_of(folder), 0, 0, 1, 2, 4)
+    places = [b["place"] for b in itertools.islice(DataLoader(stream, batch_size=2, num_workers=2), 20)]
+    assert {int(epoch) for place in places for _, epoch, _ in place} == {0, 1}
+    assert stream.stream.epoch == 0
 
 
 def test_more_workers_than_files_are_reduced(folder):

@@ -119,8 +119,8 @@ class KeyedStream(IterableDataset):
     ):
         self.images, self.seed = images, seed
         self.process_index, self.num_processes = process_index, num_processes
-        stream = split_dataset_by_node(images.images, rank=process_index, world_size=num_processes)
-        self.stream: HubStream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer_size)
+        self.stream: HubStream = split_dataset_by_node(images.images, rank=process_index, world_size=num_processes)
+        self.shuffle_buffer_size = shuffle_buffer_size
         self.batch_size, self.state = batch_size, state or StreamState()
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -131,10 +131,13 @@ class KeyedStream(IterableDataset):
             blank = {"pixel_values": torch.empty(0), "key": torch.tensor(0), "place": torch.tensor([worker, -1, 0])}
             yield from itertools.repeat(blank, self.batch_size)
         first_epoch, done = self.state.done.get(worker, (0, 0))
+        # here, so that it is the worker's own: a stream keeps its epoch in memory that it shares with all workers, and
+        # one of them would begin its epoch in the order of another that is ahead
+        stream = self.stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer_size)
         for epoch in itertools.count(first_epoch):
-            self.stream.set_epoch(epoch)
+            stream.set_epoch(epoch)
             count = 0
-            for count, sample in enumerate(self.stream, start=1):
+            for count, sample in enumerate(stream, start=1):
                 if epoch == first_epoch and count <= done:
                     continue
                 index = (count * num_workers + worker) * self.num_processes + self.process_index
