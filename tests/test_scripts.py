@@ -39,7 +39,7 @@ def script(monkeypatch, tmp_path):
 
 @pytest.fixture
 def labelled(tmp_path, monkeypatch):
-    """A parquet file of 20 digits whose labels were changed: `labelled(change, names)`."""
+    """A parquet file of 20 digits whose labels were changed: `labelled(change, feature)`, a feature made from names."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     data = datasets.load_dataset("parquet", data_files=str(IMAGES), split="train").select(range(20))
     names = data.features["label"].names
