@@ -41,7 +41,10 @@ class ScriptArguments:
     )
     init_plugins: str | None = field(
         default=None,
-        metadata={"help": "Plugin set to start from: Hub id or folder. Its max_r, rank and scale become the defaults."},
+        metadata={
+            "help": "Plugin set to start from: Hub id or folder. Its max_r, rank, scale and target_modules become the "
+            "defaults."
+        },
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     max_train_samples: int | None = field(
@@ -66,7 +69,8 @@ def parse_args() -> tuple[ScriptArguments, DistillationArguments]:
     parser.set_defaults(**PRESETS.get(start.preset, {}))
     if start.init_plugins is not None:
         config = PluginSet.from_pretrained(start.init_plugins).config
-        parser.set_defaults(max_r=config.max_r, rank=config.rank, scale=config.trained_scale)
+        modules = None if config.target_modules is None else list(config.target_modules)
+        parser.set_defaults(max_r=config.max_r, rank=config.rank, scale=config.trained_scale, target_modules=modules)
     script, training = parser.parse_args_into_dataclasses()
     if training.output_dir is None:
         parser.error("--output_dir is required")

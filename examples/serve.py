@@ -7,8 +7,8 @@
     curl http://127.0.0.1:8000/metrics
 
 One model stays in memory. Requests that arrive while it is busy form the next batch, and `DegreePolicy` picks the
-degree of every batch from the length of the queue. A change of degree rewrites the query and value weights in place,
-between two batches.
+degree of every batch from the length of the queue. A change of degree rewrites the weights that plugins fold into in
+place, between two batches.
 """
 
 import argparse

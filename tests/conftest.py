@@ -38,17 +38,20 @@ def make_model(model_class=ViTForImageClassification, seed=0, **overrides):
     return model.eval()
 
 
-def make_plugins(model, max_r=6, rank=2, seed=1, size=0.3, **settings):
-    """A random plugin set for a model."""
+def make_plugins(model, max_r=6, rank=2, seed=1, size=0.3, target_modules=None, **settings):
+    """A random plugin set for a model; `target_modules` are names as PEFT has them, by default query and value."""
     backbone = find_backbone(model)
+    shapes = None if target_modules is None else backbone.find_target_modules(target_modules)
     generator = torch.Generator().manual_seed(seed)
 
     def factors(layer):
         lora_A = size * torch.randn(rank, layer.in_features, generator=generator)
         return Factors(lora_A, size * torch.randn(layer.out_features, rank, generator=generator))
 
-    adapters = {i: {path: factors(layer) for path, layer in backbone.projections().items()} for i in range(max_r)}
-    return PluginSet(PluginSetConfig(BackboneFacts.of(backbone), max_r=max_r, rank=rank, **settings), adapters)
+    layers = backbone.projections(shapes)
+    adapters = {i: {path: factors(layer) for path, layer in layers.items()} for i in range(max_r)}
+    config = PluginSetConfig(BackboneFacts.of(backbone), max_r=max_r, rank=rank, target_modules=shapes, **settings)
+    return PluginSet(config, adapters)
 
 
 @pytest.fixture

@@ -50,8 +50,8 @@ def test_save_and_load_is_the_identity(plugins, folder):
 def test_modules_are_written_in_the_same_order_by_every_process(tmp_path):
     # string hashes, and with them the order of a set, differ from one process to the next; so many names are not in
     # order by chance
-    names = [f"{letter}_proj" for letter in "abcdefghijkl"]
-    adapter = {f"layers.0.{name}": Factors(torch.zeros(2, 4), torch.zeros(4, 2)) for name in reversed(names)}
+    names = [f"layers.0.{letter}_proj" for letter in "abcdefghijkl"]
+    adapter = {name: Factors(torch.zeros(2, 4), torch.zeros(4, 2)) for name in reversed(names)}
     write_adapter(tmp_path, adapter, 0.1, None)
     assert json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))["target_modules"] == names
 

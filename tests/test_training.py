@@ -134,12 +134,16 @@ def test_sharded_weights_give_what_whole_ones_give(images, one_process, tmp_path
     assert distance(one_process, plugins) < 1e-4
 
 
-@pytest.mark.parametrize("objective", ["features", "hidden_states"])
-def test_what_lies_below_the_head_is_compared_on_sharded_weights(images, tmp_path, objective):
+@pytest.mark.parametrize(("objective", "target_modules"), [("features", None), ("hidden_states", ["all-linear"])])
+def test_what_lies_below_the_head_is_compared_on_sharded_weights(images, tmp_path, objective, target_modules):
     """Two processes with half of the batch and of the weights each; the model has a head, which is not run."""
     plugins = []
     for name, processes, shard in (("whole", 1, False), ("sharded", 2, True)):
-        settings = {"objective": objective, "per_device_train_batch_size": 8 // processes}
+        settings = {
+            "objective": objective,
+            "target_modules": target_modules,
+            "per_device_train_batch_size": 8 // processes,
+        }
         run, folder = command(tmp_path, name, images, processes=processes, arguments=settings, shard=shard)
         finish(start(run, tmp_path))
         plugins.append(folder)
@@ -225,7 +229,16 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
 
 
-@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.7}, {"max_grad_norm": 0.01}, {"degree_sampler": "antithetic"}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"ema_decay": 0.7},
+        {"max_grad_norm": 0.01},
+        {"degree_sampler": "antithetic"},
+        {"target_modules": ["all-linear"]},
+    ],
+)
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch, extra):
     expected = factors(distill(make_model(), Noise(), arguments(**extra)))
     handler = signal.getsignal(signal.SIGINT)

@@ -1,7 +1,7 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """One plugin on disk: an ordinary PEFT LoRA adapter, checked to be nothing else before it is used."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .architectures import projection_paths
+from .architectures import Architecture
 from .composition import Adapter, Factors
 from .config import CONFIG_NAME, PluginSetConfig
 from .errors import PluginFileError
@@ -45,11 +45,10 @@ def read_adapter(repository: Repository, name: str, config: PluginSetConfig) -> 
         PluginFileError: if a file is missing, damaged, or not the plain LoRA that the configuration promises.
         HubError: if the Hub fails.
     """
-    facts = config.backbone
-    layers = projection_paths(facts.model_type, facts.num_hidden_layers)
-    _check_adapter_config(repository.path(f"{name}/{ADAPTER_CONFIG}"), config, layers)
-    shape_a, shape_b = (config.rank, facts.hidden_size), (facts.hidden_size, config.rank)
-    shapes = {_key(layer, "A"): shape_a for layer in layers} | {_key(layer, "B"): shape_b for layer in layers}
+    layers = config.shapes()
+    _check_adapter_config(repository.path(f"{name}/{ADAPTER_CONFIG}"), config, list(layers))
+    shapes = {_key(layer, "A"): (config.rank, columns) for layer, (_, columns) in layers.items()}
+    shapes |= {_key(layer, "B"): (rows, config.rank) for layer, (rows, _) in layers.items()}
     tensors = _read_tensors(repository.path(f"{name}/{ADAPTER_WEIGHTS}"), shapes)
     return {layer: Factors(tensors[_key(layer, "A")], tensors[_key(layer, "B")]) for layer in layers}
 
@@ -63,14 +62,14 @@ def write_adapter(folder: Path, adapter: Adapter, scale: float, base_model: str 
         r=rank,
         # PEFT multiplies B A by lora_alpha / r
         lora_alpha=scale * rank,  # type: ignore[arg-type]
-        target_modules=list({path.rpartition(".")[2] for path in adapter}),
+        target_modules=_target_modules(adapter),
         lora_dropout=0.0,
         bias="none",
         inference_mode=True,
         base_model_name_or_path=base_model,
     )
     # PEFT makes it a set, which is written in another order by every process
-    lora.target_modules = sorted(lora.target_modules)  # type: ignore[arg-type]
+    lora.target_modules = _target_modules(adapter)
     lora.save_pretrained(str(folder))
     tensors = {
         _key(path, name): factor.contiguous()
@@ -78,6 +77,12 @@ def write_adapter(folder: Path, adapter: Adapter, scale: float, base_model: str 
         for name, factor in (("A", factors.lora_A), ("B", factors.lora_B))
     }
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def _target_modules(paths: Iterable[str]) -> list[str]:
+    """How PEFT is told where plugins apply: query and value by name, others, which a head may have too, by path."""
+    names = {path.rpartition(".")[2] for path in paths}
+    return sorted(names if names == {Architecture.query, Architecture.value} else paths)
 
 
 def _key(layer: str, factor: str) -> str:
@@ -94,12 +99,17 @@ def _check_adapter_config(path: Path, config: PluginSetConfig, layers: list[str]
     alpha: Any = found.get("lora_alpha")
     if not _is_number(alpha) or abs(alpha - config.trained_scale * config.rank) > 1e-6:
         problems.append(f"lora_alpha is {alpha!r}, not trained_scale * rank = {config.trained_scale * config.rank:g}")
-    modules, expected = found.get("target_modules"), {layer.rpartition(".")[2] for layer in layers}
-    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules) or set(modules) != expected:
-        problems.append(f"target_modules is {modules!r}, not {sorted(expected)}")
+    modules, expected = found.get("target_modules"), _target_modules(layers)
+    names = modules if isinstance(modules, list) and all(isinstance(name, str) for name in modules) else []
+    if {*names} != {*expected}:
+        problems.append(f"target_modules is {modules!r:.200}, not {_shortened(expected)}")
     problems += [f"{key} is {value!r}" for key, value in found.items() if not _is_off(key, value)]
     if problems:
         raise PluginFileError(f"{path} is not the plain LoRA that {CONFIG_NAME} promises: {'; '.join(problems)[:500]}.")
+
+
+def _shortened(names: list[str]) -> str:
+    return repr(names) if len(names) <= 4 else f"{repr(names[:4])[:-1]}, ... ({len(names)} in all)]"
 
 
 def _is_off(key: str, value: Any) -> bool:

@@ -1,6 +1,7 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """The supported model families, one table row each: which submodules play which part in token merging."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -8,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
-from .errors import UnsupportedModelError
+from .errors import ArgumentError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,54 @@ class Backbone(NamedTuple):
         registers = self.architecture.registers
         return self.architecture.protected + (getattr(self.module.config, registers) if registers else 0)
 
-    def projections(self) -> dict[str, nn.Module]:
-        """The query and value projections of every layer, by their path in the backbone."""
-        paths = projection_paths(self.module.config.model_type, len(self.layers))
+    def projections(self, target_modules: Iterable[str] | None = None) -> dict[str, nn.Module]:
+        """The linear layers that plugins apply to, by their path in the backbone; takes what `projection_paths` takes.
+
+        Raises:
+            AttributeError: if the backbone has no module of such a name.
+        """
+        paths = projection_paths(self.module.config.model_type, len(self.layers), target_modules)
         return {path: self.module.get_submodule(path) for path in paths}
 
+    def find_target_modules(self, names: Iterable[str]) -> dict[str, tuple[int, int]] | None:
+        """The linear layers that names stand for.
 
-def projection_paths(model_type: str, num_layers: int) -> list[str]:
-    """Paths, in a backbone of this type, of the linear layers that plugins apply to: query and value of every layer.
+        Args:
+            names: As PEFT has them: the last part of a name in the transformer layer (`fc1`), all of it (`mlp.fc1`), or
+                `all-linear`.
+
+        Returns:
+            The shapes of their weights, `(out, in)`, by name in the layer, in the order of the layer. `None` where they
+            are query and value, which is what plugins apply to by default.
+
+        Raises:
+            ArgumentError: if a name stands for nothing.
+        """
+        linear = {name: part for name, part in self.layers[0].named_modules() if isinstance(part, nn.Linear)}
+        wanted, found = list(names), set()
+        for name in wanted:
+            matches = {path for path in linear if name == "all-linear" or f".{path}".endswith(f".{name}")}
+            if not name or not matches:
+                raise ArgumentError(
+                    f"target_modules has {name!r}, but the linear layers of a transformer layer of this model are "
+                    f"{', '.join(linear)}. Name some of these, or all-linear."
+                )
+            found |= matches
+        if not wanted:
+            raise ArgumentError("target_modules is empty. Name linear layers, or leave it out for query and value.")
+        row = self.architecture
+        if found == {f"{row.attention}.{row.query}", f"{row.attention}.{row.value}"}:
+            return None
+        return {path: (part.out_features, part.in_features) for path, part in linear.items() if path in found}
+
+
+def projection_paths(model_type: str, num_layers: int, target_modules: Iterable[str] | None = None) -> list[str]:
+    """Paths, in a backbone of this type, of the linear layers that plugins apply to, layer by layer.
+
+    Args:
+        model_type: Of the backbone's configuration.
+        num_layers: How many transformer layers it has.
+        target_modules: Names in a transformer layer; by default query and value, as in the paper.
 
     Raises:
         UnsupportedModelError: if the model type is not in the table.
@@ -136,8 +177,9 @@ def projection_paths(model_type: str, num_layers: int) -> list[str]:
     row = ARCHITECTURES.get(model_type)
     if row is None:
         raise unsupported(model_type)
-    attentions = [f"{row.layers}.{i}.{row.attention}" for i in range(num_layers)]
-    return [f"{attention}.{projection}" for attention in attentions for projection in (row.query, row.value)]
+    default = (f"{row.attention}.{row.query}", f"{row.attention}.{row.value}")
+    names = default if target_modules is None else tuple(target_modules)
+    return [f"{row.layers}.{i}.{name}" for i in range(num_layers) for name in names]
 
 
 def find_backbone(model: nn.Module) -> Backbone:

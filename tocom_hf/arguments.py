@@ -37,6 +37,9 @@ class DistillationArguments:
     max_r: int = _argument(16, "Largest degree; the set has this many plugins.")
     rank: int = _argument(2, "Rank h of one plugin.")
     scale: float = _argument(0.1, "Factor s in front of the plugins during training.")
+    target_modules: list[str] | None = _argument(
+        None, "Linear layers that plugins apply to, e.g. q_proj v_proj fc1, or all-linear; default: query and value."
+    )
     lora_dropout: float = _argument(0.1, "Dropout probability between the two factors of a plugin.")
     objective: str = _argument("auto", f"What teacher and student are compared by: auto, {', '.join(OBJECTIVES)}.")
     proportional_attention: bool = _argument(True, "Add the log of token sizes to attention logits, as ToMe does.")
@@ -82,6 +85,9 @@ class DistillationArguments:
         require_scale(self.scale)
         if self.source_r is not None and require_degree(self.source_r, "source_r") > self.max_r:
             raise DegreeError(f"source_r={self.source_r} is above max_r={self.max_r}.")
+        names = self.target_modules
+        if names is not None and (not isinstance(names, list) or not all(isinstance(name, str) for name in names)):
+            raise ArgumentError(f"target_modules must be a list of names of linear layers, got {names!r}.")
         find_sampler(self.degree_sampler, self.source_r)
         if self.objective not in ("auto", *OBJECTIVES):
             raise ArgumentError(f"objective must be one of auto, {', '.join(OBJECTIVES)}, got {self.objective!r}.")

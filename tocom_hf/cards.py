@@ -56,6 +56,7 @@ def plugin_set_card(
         repo_id=repo_id,
         checkpoint=checkpoint or config.base_model or "path/to/a/checkpoint",
         count=config.max_r - config.min_r,
+        layers=_layers(config),
         source_r=config.source_r,
         use_source_r=config.min_r if config.source_r is None else config.source_r,
         use_target_r=config.min_r if config.source_r == config.max_r else config.max_r,
@@ -113,6 +114,14 @@ def checkpoint_card(config: PreTrainedConfig, plugins: PluginSetConfig | None, r
         plugins=plugins,
         **_inputs(vision.model_type, getattr(vision, "image_size", None)),
     )
+
+
+def _layers(config: PluginSetConfig) -> str:
+    """What the plugins apply to, in words."""
+    if config.target_modules is None:
+        return "the query and value projections"
+    *others, last = [f"`{name}`" for name in config.target_modules]
+    return f"the linear layers {', '.join(others)} and {last}" if others else f"the linear layer {last}"
 
 
 def _render(template: str, data: ModelCardData, **values: Any) -> ModelCard:

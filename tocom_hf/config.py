@@ -1,6 +1,7 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """`tocom_config.json`: what a plugin set is for, and how it was made."""
 
+import itertools
 import json
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .architectures import ARCHITECTURES, Backbone, unsupported
+from .architectures import ARCHITECTURES, Backbone, projection_paths, unsupported
 from .errors import BackboneMismatchError, PluginFileError
 from .files import read_json
 from .version import __version__
@@ -18,6 +19,7 @@ from .version import __version__
 CONFIG_NAME = "tocom_config.json"
 FORMAT_VERSION = 1
 _LIMIT = 65_536  # of degrees, layers and sizes; far above any model's, and small enough to loop over
+_MAX_MODULES = 16  # linear layers of a transformer layer; no family has more than 7
 _SKETCH_SIZE = 16  # samples per layer
 _MIN_COSINE = 0.5  # fine-tuning leaves the sketch above 0.9, another model's is within 0.3 of zero
 
@@ -30,8 +32,8 @@ class BackboneFacts:
         model_type, hidden_size, num_hidden_layers, num_attention_heads, patch_size: As in its transformers
             configuration. They must be those of any model that the set is used with.
         image_size: For information: fine-tuning at another resolution is fine.
-        sketch: Samples of the key projection weights of every layer, which plugins never change. They tell a fine-tuned
-            descendant of the backbone from another model of the same shape.
+        sketch: Samples of the key projection weights of every layer, which plugins change little, if at all. They tell
+            a fine-tuned descendant of the backbone from another model of the same shape.
     """
 
     model_type: str
@@ -83,6 +85,8 @@ class PluginSetConfig:
         source_r: The one degree that weights can be trained at, for a set distilled with
             `DistillationArguments(source_r=...)`; `None` for any. Weights of another degree run at that alone.
         rank: Rank h of one plugin.
+        target_modules: The linear layers that plugins apply to, as the shapes of their weights, `(out, in)`, by name in
+            a transformer layer; `None` for query and value, as in the paper.
         trained_scale: The factor s during distillation.
         recommended_scale: The factor s to use; picked on held-out data, else `trained_scale`.
         merging: Settings of token merging that the set was distilled with.
@@ -101,6 +105,7 @@ class PluginSetConfig:
     max_r: int = 16
     source_r: int | None = None
     rank: int = 2
+    target_modules: dict[str, tuple[int, int]] | None = None
     trained_scale: float = 0.1
     recommended_scale: float = 0.1
     merging: dict[str, Any] = field(default_factory=lambda: {"proportional_attention": True})
@@ -109,11 +114,41 @@ class PluginSetConfig:
     license: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def projection_paths(self) -> list[str]:
+        """Paths, in the backbone, of the linear layers that the plugins apply to."""
+        return projection_paths(self.backbone.model_type, self.backbone.num_hidden_layers, self.target_modules)
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The shapes of their weights, `(out, in)`, by path in the backbone."""
+        size, paths = self.backbone.hidden_size, self.projection_paths()
+        if self.target_modules is None:
+            return dict.fromkeys(paths, (size, size))
+        # layer by layer, as the paths are
+        return dict(zip(paths, itertools.cycle(self.target_modules.values()), strict=False))
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise `BackboneMismatchError` unless the plugins fit `backbone`: the set's own, or fine-tuned from it."""
+        self.backbone.check(backbone, self.base_model)
+        for path, (rows, columns) in self.shapes().items():
+            try:
+                layer = backbone.module.get_submodule(path)
+            except AttributeError:
+                layer = None
+            found = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
+            if found != (rows, columns):
+                raise BackboneMismatchError(
+                    f"The plugin set was distilled for {self.base_model or 'another backbone'} and changes a weight of "
+                    f"{rows} x {columns} in {path}, but there this model has "
+                    + ("no linear layer." if layer is None or None in found else f"one of {found[0]} x {found[1]}.")
+                )
+
     def to_json_file(self, path: Path) -> None:
         content = asdict(self)
         extra = content.pop("extra")
         # the version lets an older package say which one to upgrade to
         header = {"format_version": FORMAT_VERSION, "tocom_hf_version": __version__}
+        if self.target_modules is None:
+            del content["target_modules"]
         text = json.dumps({**header, **extra, **content}, indent=2) + "\n"
         path.write_text(text, encoding="utf-8")
 
@@ -150,6 +185,8 @@ class PluginSetConfig:
             raise PluginFileError(f"{path}: merging.proportional_attention must be true or false.")
         if not all(isinstance(entry, dict) for entry in values["evaluation"]):
             raise PluginFileError(f"{path}: 'evaluation' must be a list of JSON objects.")
+        if values["target_modules"] is not None:
+            values["target_modules"] = _target_modules(path, values["target_modules"])
         sketch = backbone["sketch"]
         if len(sketch) != _SKETCH_SIZE * backbone["num_hidden_layers"] or not all(map(_is_number, sketch)):
             raise PluginFileError(f"{path}: 'sketch' must be a list of {_SKETCH_SIZE} finite numbers for each layer.")
@@ -165,15 +202,33 @@ _BACKBONE_TYPES = {
 }  # fmt: skip
 _CONFIG_TYPES = {
     "base_model": _OPTIONAL_TEXT, "base_model_revision": _OPTIONAL_TEXT, "min_r": int, "max_r": int,
-    "source_r": (int, type(None)), "rank": int, "trained_scale": _NUMBER, "recommended_scale": _NUMBER, "merging": dict,
-    "training": dict, "evaluation": list, "license": _OPTIONAL_TEXT,
+    "source_r": (int, type(None)), "rank": int, "target_modules": (dict, type(None)), "trained_scale": _NUMBER,
+    "recommended_scale": _NUMBER, "merging": dict, "training": dict, "evaluation": list, "license": _OPTIONAL_TEXT,
 }  # fmt: skip
-_OPTIONAL: dict[str, Any] = {"source_r": None, "evaluation": [], "license": None}  # keys that older files lack
+# keys that older files lack
+_OPTIONAL: dict[str, Any] = {"source_r": None, "target_modules": None, "evaluation": [], "license": None}
 _RANGES = {
     "hidden_size": (1, _LIMIT), "num_hidden_layers": (1, _LIMIT), "num_attention_heads": (1, _LIMIT),
     "min_r": (0, _LIMIT), "max_r": (1, _LIMIT), "rank": (1, _LIMIT), "trained_scale": (-1e6, 1e6),
     "recommended_scale": (-1e6, 1e6),
 }  # fmt: skip
+
+
+def _target_modules(path: Path, found: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """The entry of that name, checked."""
+    if not 0 < len(found) <= _MAX_MODULES or not all(
+        re.fullmatch(r"\w+(\.\w+)*", name) and _is_shape(shape) for name, shape in found.items()
+    ):
+        raise PluginFileError(
+            f"{path}: 'target_modules' must have one to {_MAX_MODULES} shapes [out, in] by the name of a linear layer "
+            f"in a transformer layer, found {found!r:.200}."
+        )
+    return {name: (shape[0], shape[1]) for name, shape in found.items()}
+
+
+def _is_shape(value: Any) -> bool:
+    sizes = value if isinstance(value, list) else []
+    return len(sizes) == 2 and all(type(size) is int and 0 < size <= _LIMIT for size in sizes)
 
 
 def _upgrade(content: dict[str, Any]) -> str:

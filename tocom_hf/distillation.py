@@ -8,7 +8,7 @@ when the degree moves.
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,8 @@ def distill(
             "remove_tome(model); instead of TocomModel load the checkpoint with its transformers class."
         )
     _check_source_r(model, args.source_r)
-    start = None if init_plugins is None else _starting_plugins(init_plugins, backbone, args)
+    target_modules = None if args.target_modules is None else backbone.find_target_modules(args.target_modules)
+    start = None if init_plugins is None else _starting_plugins(init_plugins, backbone, args, target_modules)
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     steps = _count_steps(dataset, args, global_batch)
     resume = None
@@ -120,7 +121,7 @@ def distill(
     torch.manual_seed(args.seed)
     facts = BackboneFacts.of(backbone)
     run_facts = {"model": list(facts.sketch), "init_plugins": None if start is None else _digest(start)}
-    with _prepared(model, backbone, args) as plugin_chain:
+    with _prepared(model, backbone, args, target_modules) as plugin_chain:
         if start is not None:
             plugin_chain.start_from(start)
         distiller = SelfDistiller(model, plugin_chain, objective, accelerator, args.proportional_attention)
@@ -134,6 +135,7 @@ def distill(
         max_r=args.max_r,
         source_r=args.source_r,
         rank=args.rank,
+        target_modules=target_modules,
         trained_scale=args.scale,
         recommended_scale=args.scale,
         merging={"proportional_attention": args.proportional_attention},
@@ -253,12 +255,14 @@ def save_agreement(grid: dict, folder: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def _prepared(model: PreTrainedModel, backbone: Backbone, args: DistillationArguments) -> Iterator[PluginChain]:
+def _prepared(
+    model: PreTrainedModel, backbone: Backbone, args: DistillationArguments, target_modules: Iterable[str] | None
+) -> Iterator[PluginChain]:
     """Freeze a model and install the branches of a chain for the length of a `with` block."""
     modes = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     checkpointing = model.is_activation_checkpointing
-    plugin_chain = PluginChain(backbone, args.max_r, args.rank, args.scale, args.lora_dropout)
+    plugin_chain = PluginChain(backbone, args.max_r, args.rank, args.scale, args.lora_dropout, target_modules)
     try:
         model.eval().requires_grad_(False)
         if args.gradient_checkpointing:
@@ -315,7 +319,12 @@ def _check_source_r(model: PreTrainedModel, source_r: int | None) -> None:
         )
 
 
-def _starting_plugins(plugins: PluginSet, backbone: Backbone, args: DistillationArguments) -> dict[int, Adapter]:
+def _starting_plugins(
+    plugins: PluginSet,
+    backbone: Backbone,
+    args: DistillationArguments,
+    target_modules: Mapping[str, tuple[int, int]] | None,
+) -> dict[int, Adapter]:
     """The plugins of a set to train on, all read, with what they add to a weight kept at the scale to train with."""
     config = plugins.config
     plugins.check_backbone(backbone)
@@ -323,6 +332,11 @@ def _starting_plugins(plugins: PluginSet, backbone: Backbone, args: Distillation
         raise ArgumentError(
             f"Cannot start from {plugins} with max_r={args.max_r} and rank={args.rank}. Choose the set's rank and a "
             "max_r within its degrees, which must begin at 0."
+        )
+    if config.target_modules != target_modules:
+        raise ArgumentError(
+            f"Cannot start from {plugins} with target_modules={_names(target_modules)}: it applies to "
+            f"{_names(config.target_modules)}."
         )
     if config.merging.get("proportional_attention", True) != args.proportional_attention:
         raise ArgumentError(
@@ -344,6 +358,10 @@ def _starting_plugins(plugins: PluginSet, backbone: Backbone, args: Distillation
         }
         for i in range(args.max_r)
     }
+
+
+def _names(target_modules: Iterable[str] | None) -> str:
+    return "query and value" if target_modules is None else ", ".join(target_modules)
 
 
 def _digest(adapters: dict[int, Adapter]) -> str:

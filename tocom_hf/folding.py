@@ -1,6 +1,7 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """The weights that plugins fold into: what they were, what they are, and what they shall be at another degree."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,8 @@ class TocomState:
         target_r: The degree that the model runs at.
         scale: The factor s asked for, or `None` for what the plugin set recommends.
         plugins: The plugin set, or `None` for a model that only ever runs at its source degree.
-        source_weights: The query and value weights at `source_r` by layer path in the backbone; empty while the model
-            runs at that degree.
+        source_weights: The weights at `source_r` that plugins fold into, query and value by default, by layer path in
+            the backbone; empty while the model runs at that degree.
     """
 
     source_r: int
@@ -31,6 +32,11 @@ class TocomState:
     scale: float | None
     plugins: PluginSet | None
     source_weights: dict[str, torch.Tensor]
+
+    @property
+    def target_modules(self) -> Iterable[str] | None:
+        """The linear layers, by name in a transformer layer, whose weights plugins fold into."""
+        return None if self.plugins is None else self.plugins.config.target_modules
 
 
 def compose(state: TocomState, target_r: int, scale: float | None) -> Composite | None:
@@ -53,14 +59,14 @@ def composed(state: TocomState) -> dict[str, torch.Tensor]:
     return {path: composite.apply(path, weight) for path, weight in state.source_weights.items()}
 
 
-def live_weights(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """The live weights that plugins fold into, by layer path.
+def live_weights(backbone: Backbone, target_modules: Iterable[str] | None) -> dict[str, torch.Tensor]:
+    """The live weights that plugins fold into, by layer path. Takes what `projection_paths` takes.
 
     Raises:
         UnsupportedModelError: if one of them is not an ordinary matrix in memory (quantised, offloaded, adapted).
     """
     weights = {}
-    for path, module in backbone.projections().items():
+    for path, module in backbone.projections(target_modules).items():
         weight = getattr(module, "weight", None)
         plain = isinstance(module, nn.Linear) and type(weight) is nn.Parameter
         if weight is None or not plain or not weight.is_floating_point() or weight.is_meta:

@@ -39,7 +39,8 @@ class TocomModel(PreTrainedModel):
 
     `TocomModel.from_pretrained` returns the transformers model itself, of a subclass of its class and of `TocomModel`:
     the forward pass, `pipeline`, `Trainer`, `save_pretrained` and `push_to_hub` work as they do on any model. Plugins
-    are folded into the query and value weights, so they cost nothing when the model runs.
+    are folded into the weights of query and value, or of the layers that the set names, so they cost nothing when the
+    model runs.
 
     Threads may run a model while another one switches its degree: a switch waits for the calls under way, and calls see
     the weights of one degree. That holds for `model(...)`, eager or after `model.compile()`. It does not hold for
@@ -195,7 +196,7 @@ class TocomModel(PreTrainedModel):
     def _switch_alone(self, target_r: int, scale: float | None) -> None:
         state = self._tocom
         composite = compose(state, target_r, scale)
-        weights = live_weights(find_backbone(self))
+        weights = live_weights(find_backbone(self), state.target_modules)
         source_weights = verified_source_weights(state, weights)
         if composite is not None and composite.factors:
             source_weights = source_weights or {path: weight.detach().clone() for path, weight in weights.items()}
@@ -294,7 +295,7 @@ class TocomModel(PreTrainedModel):
     def _source_state_dict(self, state_dict: dict | None) -> dict | None:
         """A state dict with the weights at `source_r`; `None` where that is what the model has."""
         backbone = find_backbone(self)
-        source_weights = verified_source_weights(self._tocom, live_weights(backbone))
+        source_weights = verified_source_weights(self._tocom, live_weights(backbone, self._tocom.target_modules))
         if not source_weights:
             return state_dict
         prefix = f"{backbone.path}." if backbone.path else ""
@@ -308,7 +309,7 @@ class TocomModel(PreTrainedModel):
             state = self._tocom
             if state.source_weights:
                 state.source_weights = {path: fn(weight) for path, weight in state.source_weights.items()}
-                layers = find_backbone(self).projections()  # perhaps on the meta device
+                layers = find_backbone(self).projections(state.target_modules)  # perhaps on the meta device
                 copy_weights(composed(state), {path: cast(nn.Linear, layer).weight for path, layer in layers.items()})
         return self
 
@@ -321,8 +322,8 @@ def _equip(model: PreTrainedModel, state: TocomState, target_r: int) -> PreTrain
     """Turn a loaded model into a `TocomModel`, or leave it as it was."""
     backbone = find_backbone(model)
     if state.plugins is not None:
-        live_weights(backbone)
         state.plugins.check_backbone(backbone)
+        live_weights(backbone, state.target_modules)
     if isinstance(model, TocomModel):
         before = model._tocom
         model.set_target_r(model.source_r)

@@ -2,7 +2,7 @@
 """Plugins in training: all of them beside the frozen projections of a model, of which a step uses a signed slice."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -29,11 +29,11 @@ class ActiveChain(NamedTuple):
 
 
 class PluginChain(nn.Module):
-    """The plugins of all degrees as one low-rank branch for each layer.
+    """The plugins of all degrees as low-rank branches, one for each group of linear layers that read the same input.
 
     The factors of plugin `P_i_i+1` are rows `i * rank .. (i + 1) * rank`, so the chain between two degrees is a
-    contiguous slice, whatever its length. Query and value read the same input, so they share one matrix product with
-    `lora_A`; in all, a layer costs three small ones.
+    contiguous slice, whatever its length. Query and value (and key) read the same input, so they share one matrix
+    product with `lora_A`: with query and value alone, a layer costs three small ones.
 
     The branches are not part of the model: only the projections that call them are. What wraps or shards the model's
     weights leaves them alone.
@@ -44,21 +44,34 @@ class PluginChain(nn.Module):
         rank: Rank h of one plugin.
         scale: Factor s.
         dropout: Dropout probability between the two factors.
+        target_modules: Names, in a transformer layer, of the linear layers; by default query and value.
     """
 
-    def __init__(self, backbone: Backbone, max_r: int, rank: int, scale: float, dropout: float):
+    def __init__(
+        self,
+        backbone: Backbone,
+        max_r: int,
+        rank: int,
+        scale: float,
+        dropout: float,
+        target_modules: Iterable[str] | None = None,
+    ):
         super().__init__()
         self.max_r, self.rank, self.scale = max_r, rank, scale
-        projections = list(backbone.projections().items())
         self.layers = nn.ModuleList()
-        self.paths: list[tuple[str, str]] = []
-        for index in range(len(backbone.layers)):
-            pair = projections[2 * index : 2 * index + 2]
-            layer = LayerBranch(index, cast(nn.Linear, pair[0][1]), max_r * rank, dropout)
-            self.layers.append(layer)
-            self.paths.append((pair[0][0], pair[1][0]))
-            for part, (path, base) in enumerate(pair):
-                backbone.module.set_submodule(path, ProjectionWithPlugins(base, layer, part))
+        self.paths: list[list[str]] = []
+        for group in _groups(backbone, target_modules):
+            projections = backbone.projections(group)
+            paths = list(projections)
+            for start in range(0, len(paths), len(group)):
+                parts = paths[start : start + len(group)]
+                # that of query and value is the number of the layer
+                index = len(self.layers)
+                layer = LayerBranch(index, cast(nn.Linear, projections[parts[0]]), len(parts), max_r * rank, dropout)
+                self.layers.append(layer)
+                self.paths.append(parts)
+                for part, path in enumerate(parts):
+                    backbone.module.set_submodule(path, ProjectionWithPlugins(projections[path], layer, part))
 
     def activate(self, source_r: int, target_r: int, keys: torch.Tensor | None = None) -> None:
         """Use the signed chain between two degrees from now on; none where they are equal.
@@ -96,8 +109,8 @@ class PluginChain(nn.Module):
 
     def remove(self, backbone: Backbone) -> None:
         """Put the original projections back."""
-        for pair in self.paths:
-            for path in pair:
+        for paths in self.paths:
+            for path in paths:
                 backbone.module.set_submodule(path, cast(nn.Module, backbone.module.get_submodule(path).base))
 
     def _layers(self) -> list["LayerBranch"]:
@@ -105,23 +118,30 @@ class PluginChain(nn.Module):
 
 
 class LayerBranch(nn.Module):
-    """The low-rank branches beside query and value of one layer.
+    """The low-rank branches beside linear layers of one shape that read the same input: query and value of a layer.
 
-    `lora_A` is `(2, rows, in)` and starts as in PEFT; `lora_B`, stored transposed, is `(2, rows, out)` and starts at
-    zero.
+    `lora_A` is `(parts, rows, in)` and starts as in PEFT; `lora_B`, stored transposed, is `(parts, rows, out)` and
+    starts at zero.
+
+    Args:
+        index: Tells the dropout of one branch from that of another.
+        base: One of the linear layers.
+        parts: How many there are.
+        rows: Of one part: rank times number of plugins.
+        dropout: Dropout probability between the two factors.
     """
 
-    def __init__(self, index: int, base: nn.Linear, rows: int, dropout: float):
+    def __init__(self, index: int, base: nn.Linear, parts: int, rows: int, dropout: float):
         super().__init__()
         device = base.weight.device
         self.index, self.dropout = index, dropout
-        self.lora_A = nn.Parameter(torch.empty(2, rows, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(2, rows, base.out_features, device=device))
+        self.lora_A = nn.Parameter(torch.empty(parts, rows, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(parts, rows, base.out_features, device=device))
         # the bound of kaiming_uniform_ with a = sqrt(5), which is what PEFT starts with
         nn.init.uniform_(self.lora_A, -1 / math.sqrt(base.in_features), 1 / math.sqrt(base.in_features))
         self.active: ActiveChain | None = None
-        # the input that query has read and what value needs of it
-        self.shared: tuple[torch.Tensor, torch.Tensor] | None = None
+        # the input that an earlier part has read, and what later ones need of it
+        self.shared: tuple[torch.Tensor, dict[int, torch.Tensor]] | None = None
 
     def forward(self, hidden_states: torch.Tensor, output: torch.Tensor, part: int) -> torch.Tensor:
         """The output of a projection plus its branch.
@@ -129,16 +149,17 @@ class LayerBranch(nn.Module):
         Args:
             hidden_states: `(batch, tokens, in)`, the input of the projection.
             output: `(batch, tokens, out)`, its output.
-            part: 0 for query, 1 for value.
+            part: Which projection.
         """
         if self.active is None:
             return output
-        if part == 1 and self.shared is not None and self.shared[0] is hidden_states:
-            inner, self.shared = self.shared[1], None
+        if self.shared is not None and self.shared[0] is hidden_states and part in self.shared[1]:
+            later = self.shared[1]
         else:
-            down = self._down(hidden_states)
-            inner, other = (down[..., half] for half in self._halves(part))
-            self.shared = (hidden_states, other) if part == 0 else None
+            later = dict(enumerate(self._down(hidden_states).chunk(len(self.lora_A), dim=-1)))
+        inner = later[part]
+        later = {other: rows for other, rows in later.items() if other > part}
+        self.shared = (hidden_states, later) if later else None
         lora_B = self.lora_B[part, self.active.rows].to(inner.dtype)
         if output.dtype != inner.dtype:
             return output + inner @ lora_B
@@ -150,7 +171,7 @@ class LayerBranch(nn.Module):
         return Factors(lora_A.float().cpu().clone(), lora_B.float().cpu().contiguous().clone())
 
     def _down(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(batch, tokens, 2 * active rows)`: the input times `lora_A` of query and value, times sign and scale.
+        """`(batch, tokens, parts * active rows)`: the input times `lora_A` of all parts, times sign and scale.
 
         Dropout is applied to this product, as in the authors' release, not to the much wider input, as in PEFT.
         """
@@ -160,12 +181,6 @@ class LayerBranch(nn.Module):
             return F.linear(hidden_states, (lora_A * factor).to(hidden_states.dtype))
         down = F.linear(hidden_states, (lora_A * (factor / (1 - self.dropout))).to(hidden_states.dtype))
         return down * keep_mask(fold(keys, self.index), down.shape[1], down.shape[2], self.dropout)
-
-    def _halves(self, part: int) -> tuple[slice, slice]:
-        rows = cast(ActiveChain, self.active).rows
-        half = rows.stop - rows.start
-        halves = slice(0, half), slice(half, 2 * half)
-        return halves[part], halves[1 - part]
 
 
 class ProjectionWithPlugins(nn.Module):
@@ -181,3 +196,12 @@ class ProjectionWithPlugins(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.branch(hidden_states, self.base(hidden_states), self.part)
+
+
+def _groups(backbone: Backbone, target_modules: Iterable[str] | None) -> list[list[str]]:
+    """Names of linear layers, those together that read the same input: query, key and value."""
+    row = backbone.architecture
+    inputs = [f"{row.attention}.{name}" for name in (row.query, row.key, row.value)]
+    names = [inputs[0], inputs[2]] if target_modules is None else list(target_modules)
+    together = [name for name in inputs if name in names]
+    return [group for group in (together, *([name] for name in names if name not in inputs)) if group]

@@ -144,7 +144,7 @@ class PluginSet:
 
     def check_backbone(self, backbone: Backbone) -> None:
         """Raise `BackboneMismatchError` unless a model's backbone is, or was fine-tuned from, the set's own."""
-        self.config.backbone.check(backbone, self.config.base_model)
+        self.config.check(backbone)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the set to a folder, all or nothing: the files are written beside and then moved into place.
