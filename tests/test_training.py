@@ -304,6 +304,20 @@ def test_steps_that_are_not_finite_are_skipped_and_counted():
     assert plugins.config.training["mean_loss"] < float("inf")
 
 
+def test_such_steps_are_skipped_with_loss_scaling_too():
+    """What fp16 does on a GPU, with torch's loss scaling for CPUs."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    accelerator.native_amp = True
+    accelerator.state._mixed_precision = "fp16"
+    try:
+        plugins = distill(make_model(), Poisoned([5]), arguments(max_steps=8), accelerator)
+    finally:
+        accelerator.state._mixed_precision = "no"
+    assert plugins.config.training["skipped_steps"] == 2
+    assert factors(plugins).isfinite().all()
+
+
 def test_too_many_such_steps_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
@@ -420,6 +434,20 @@ def test_holding_out_splits():
     for count in (0, 10, 11):
         with pytest.raises(DatasetError, match="hold out"):
             hold_out(data, count)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*32\)"),
+        ({"seed": 2**63}, "seed must be in"),
+        ({"learning_rate": "1e-3"}, "learning_rate must be a number"),
+        ({"flip": None, "weight_decay": True}, "weight_decay must be a number"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(wrong, message):
+    with pytest.raises(ArgumentError, match=message):
+        arguments(**wrong)
 
 
 def test_contradicting_arguments_are_refused(tmp_path):

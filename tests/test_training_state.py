@@ -28,6 +28,19 @@ def test_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1000", "checkpoint-200"]
 
 
+def test_what_is_written_after_a_fall_back_is_kept(tmp_path):
+    """A damaged checkpoint of a later step must not count as one of the newest."""
+    for step in (100, 200):
+        make(step).save(tmp_path, keep=2)
+    (tmp_path / "checkpoint-200" / TENSOR_FILE).write_bytes(b"")
+    for step in (150, 180):
+        make(step).save(tmp_path, keep=1)
+        assert find_checkpoint(tmp_path, "latest")[1].step == step
+    make(200).save(tmp_path, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-200"]
+    assert find_checkpoint(tmp_path, "latest")[1].step == 200
+
+
 def test_an_interrupted_save_leaves_no_checkpoint(tmp_path, monkeypatch):
     make(1).save(tmp_path, keep=2)
     monkeypatch.setattr("tocom_hf.training_state.json.dumps", lambda *args, **kwargs: 1 / 0)

@@ -95,6 +95,12 @@ class DistillationArguments:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ArgumentError(f"{name} must be an integer, got {value!r}.")
+        if not 0 <= self.seed < 2**32:
+            raise ArgumentError(f"seed must be in [0, 2**32), got {self.seed!r}.")
+        for name in _RATES:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ArgumentError(f"{name} must be a number, got {value!r}.")
         for name in (*_COUNTS, "learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -146,6 +152,10 @@ class DistillationArguments:
 _COUNTS = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
     "max_nonfinite_steps", "shuffle_buffer_size", "save_steps", "save_total_limit", "logging_steps", "eval_steps",
+)  # fmt: skip
+_RATES = (
+    "learning_rate", "min_learning_rate", "weight_decay", "max_grad_norm", "ema_decay", "lora_dropout", "min_crop",
+    "flip", "randaugment_magnitude", "random_erasing", "mixup", "cutmix",
 )  # fmt: skip
 _NO_RECIPE = (
     "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",

@@ -172,6 +172,9 @@ class Training:
                 self.optimizer.step()
                 if self.average is not None and args.ema_decay is not None:
                     get_ema_multi_avg_fn(args.ema_decay)(self.average, list(self.parameters.values()), None)
+            elif self.accelerator.scaler is not None:
+                # _clip unscaled the gradients, which no further step may do before the scale was renewed
+                self.accelerator.scaler.update()
             self.optimizer.zero_grad()
             in_a_row = 0 if finite else in_a_row + 1
             self.skipped += not finite

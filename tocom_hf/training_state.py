@@ -42,7 +42,9 @@ class Checkpoint:
     progress: dict[str, Any] = field(default_factory=dict)
 
     def save(self, output_dir: str | Path, keep: int) -> Path:
-        """Write `checkpoint-<step>` and delete all but the newest `keep`.
+        """Write `checkpoint-<step>` and delete all but the newest `keep` of it and those before it.
+
+        Those of later steps stay: the run went on from before them, because they are damaged or another was named.
 
         The folder is written under another name, flushed to disk and renamed: it is there as a whole or not at all.
         """
@@ -63,7 +65,8 @@ class Checkpoint:
         shutil.rmtree(target, ignore_errors=True)
         writing.rename(target)
         _flush(target.parent)
-        for old in list_checkpoints(output_dir)[keep:]:
+        existing = list_checkpoints(output_dir)
+        for old in existing[existing.index(target) + keep :]:
             shutil.rmtree(old, ignore_errors=True)
         return target
 
@@ -160,7 +163,12 @@ def find_checkpoint(output_dir: str | Path, resume_from: str | None) -> tuple[Pa
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():  # Windows opens no folders
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:
