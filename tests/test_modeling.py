@@ -399,3 +399,19 @@ def test_a_recorded_scale_is_that_of_the_recorded_plugins(checkpoint, plugins, t
     assert_same_weights(TocomModel.from_pretrained(tmp_path / "saved"), model)
     recommended = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=0, target_r=5)
     assert_same_weights(TocomModel.from_pretrained(tmp_path / "saved", plugins=plugins), recommended)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.zeros(32, 32, dtype=torch.uint8),  # as bitsandbytes packs weights, which have no cosine to be known by
+        torch.empty(32, 32, device="meta"),  # offloaded
+    ],
+    ids=["packed", "offloaded"],
+)
+def test_weights_that_are_not_there_are_refused_with_a_way(model, plugins, weight):
+    for layer in model.vit.layers:
+        for projection in (layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj):
+            projection.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match="Compose before quantising"):
+        TocomModel.from_pretrained(model, plugins=plugins, source_r=0, target_r=3)

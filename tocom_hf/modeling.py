@@ -322,6 +322,7 @@ def _equip(model: PreTrainedModel, state: TocomState, target_r: int) -> PreTrain
     """Turn a loaded model into a `TocomModel`, or leave it as it was."""
     backbone = find_backbone(model)
     if state.plugins is not None:
+        live_weights(backbone, None)  # what is quantised or offloaded has no weights to know the backbone by
         state.plugins.check_backbone(backbone)
         live_weights(backbone, state.target_modules)
     if isinstance(model, TocomModel):
