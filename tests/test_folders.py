@@ -17,7 +17,7 @@ from conftest import make_model, make_plugins
 
 from tocom_hf import PluginFileError, PluginSet, TocomModel
 from tocom_hf.composition import Factors
-from tocom_hf.folders import FolderChangedError, generation, retry_while_saved, write_folder
+from tocom_hf.folders import FolderChangedError, find_snapshots, generation, retry_while_saved, write_folder
 
 
 ROOT = Path(__file__).parent.parent
@@ -266,3 +266,16 @@ def numbers(plugins):
 
 def numbers_so_far(plugins):
     return {f.lora_A[0, 0].item() for adapter in plugins._adapters.values() for f in adapter.values()}
+
+
+def test_a_cache_may_lie_below_a_folder_named_snapshots(plugins, tmp_path):
+    root = tmp_path / "snapshots" / "hf" / "models--user--set"
+    commit = root / "snapshots" / "0123abc"
+    plugins.save_pretrained(root / "real")
+    for path in sorted((root / "real").rglob("*.*")):
+        link = commit / path.relative_to(root / "real")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    assert PluginSet.from_pretrained(commit).compose(0, 2).rank == 4
+    assert find_snapshots(commit / "tocom_config.json") == root / "snapshots"
+    assert find_snapshots(tmp_path / "snapshots" / "set" / "tocom_config.json") is None

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from .errors import PluginFileError
-from .folders import FolderChangedError, generation, require_inside, require_relative
+from .folders import FolderChangedError, find_snapshots, generation, require_inside, require_relative
 from .hub import translated_errors
 
 
@@ -115,8 +115,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _commit_of(path: Path) -> str | None:
     """The commit in the cache path of a downloaded file: `.../snapshots/<commit>/...`."""
-    parts = path.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+    snapshots = find_snapshots(path)
+    return None if snapshots is None else path.parts[len(snapshots.parts)]
 
 
 def _verify_checksum(path: Path) -> None:

@@ -143,15 +143,23 @@ def require_relative(name: str, what: str) -> None:
         raise PluginFileError(f"The {what} {name!r} leaves the repository. Expected a relative path without '..'.")
 
 
+def find_snapshots(path: Path) -> Path | None:
+    """The folder of snapshots that a path in the cache of huggingface_hub goes through: `.../models--*/snapshots`."""
+    for folder in path.parents:
+        if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
+            return folder
+    return None
+
+
 def require_inside(path: Path, root: Path) -> None:
     """Raise `PluginFileError` if a path, with its symbolic links followed, leaves the folder `root`.
 
     A snapshot in the cache of huggingface_hub consists of links to files elsewhere in that cache, which are allowed.
     """
     base, real = root.resolve(), path.resolve()
-    parts = base.parts
-    if "snapshots" in parts and parts[parts.index("snapshots") - 1].startswith("models--"):
-        base = Path(*parts[: parts.index("snapshots") - 1])
+    snapshots = find_snapshots(base)
+    if snapshots is not None:
+        base = snapshots.parent.parent
     if not real.is_relative_to(base):
         raise PluginFileError(f"{path} links to {real}, outside of {root}. Replace the link by the file itself.")
 
