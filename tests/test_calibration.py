@@ -34,7 +34,9 @@ def made_up(speedups):
     costs = tuple(
         DegreeCost(r, (65, 65 - 4 * r), 8.0 / speed, 100 / speed, 20 * speed, speed) for r, speed in speedups.items()
     )
-    shape = "vit with 4 layers, hidden size 32, 4 heads, patch 4"
+    # 4 projections of 32 x 32, an MLP of 64, their biases, and two norms
+    parameters = 4 * (32 * 32 + 32) + 2 * 32 * 64 + 64 + 32 + 4 * 32
+    shape = f"vit with 4 layers of {parameters:,} parameters, hidden size 32, 4 heads, patch 4"
     return Calibration(shape, (3, 32, 32), 2, "a machine", "float32", "sdpa", "2.13.0", 3, costs)
 
 
@@ -108,6 +110,18 @@ def test_other_image_sizes_and_batches(model):
     assert count_flops(model, 0, 48) > count_flops(model, 0)
 
 
+def test_a_model_with_another_mlp_is_another_model(model, tmp_path):
+    known = quick(model, cache_file=tmp_path / "cost.json")
+    other = make_model(intermediate_size=128)
+    assert quick(other, cache_file=tmp_path / "cost.json")[0].gflops > known[0].gflops
+    with pytest.raises(CalibrationError, match="another model"):
+        TocomModel.from_pretrained(other, source_r=0, target_speedup=1, calibration=known)
+
+
+def test_class_tokens_alone_are_counted_where_they_alone_are_left(model):
+    assert quick(apply_tome(model, 0, class_tokens_only=True))[5].tokens == (65, 60, 55, 50, 1)
+
+
 def test_the_vision_side_of_clip_is_measured_alone():
     model = hf.CLIPModel(clip()).eval()
     assert quick(model)[5].tokens[-1] == 65 - 20
@@ -141,8 +155,11 @@ def test_it_moves_to_the_device_and_back(model, monkeypatch):
     ("arguments", "error", "message"),
     [
         ({"batch_size": 0}, ArgumentError, "batch_size must be at least 1"),
-        ({"image_size": 0}, ArgumentError, "image_size must be positive"),
-        ({"image_size": (32, 2.5)}, DegreeError, "image_size must be a non-negative integer"),
+        ({"image_size": 0}, ArgumentError, "image_size must be at least a patch of 4 x 4, got 0"),
+        ({"image_size": (32, 3)}, ArgumentError, "image_size must be at least a patch"),
+        ({"image_size": (32, 2.5)}, ArgumentError, "image_size must be an integer or two"),
+        ({"image_size": 32.0}, ArgumentError, "image_size must be an integer or two"),
+        ({"image_size": (32, 32, 3)}, ArgumentError, "image_size must be an integer or two"),
         ({"degrees": [0, -1]}, DegreeError, "degrees must be a non-negative integer"),
     ],
 )

@@ -99,6 +99,13 @@ def test_a_second_apply_changes_the_degree(model, pixel_values):
     assert get_schedule(model) == (7, 7, 7, 7)
 
 
+def test_a_second_apply_keeps_the_kind_of_attention(model, pixel_values):
+    expected = apply_tome(model, 4, proportional_attention=False)(pixel_values).logits
+    assert torch.equal(apply_tome(apply_tome(model, 3), 4)(pixel_values).logits, expected)
+    again = apply_tome(model, 4, proportional_attention=True)(pixel_values).logits
+    assert not torch.allclose(again, expected, atol=1e-4)
+
+
 def test_the_layer_classes_keep_their_names(model):
     """FSDP wrapping policies and saved configurations go by class names."""
     names = [type(module).__name__ for module in model.modules()]

@@ -379,9 +379,10 @@ def _measure(
 
 def _shape_of(backbone: Backbone) -> str:
     config = backbone.module.config
+    parameters = sum(parameter.numel() for parameter in backbone.layers[0].parameters())  # tells the width of MLPs too
     return (
-        f"{config.model_type} with {len(backbone.layers)} layers, hidden size {config.hidden_size}, "
-        f"{config.num_attention_heads} heads, patch {config.patch_size}"
+        f"{config.model_type} with {len(backbone.layers)} layers of {parameters:,} parameters, hidden size "
+        f"{config.hidden_size}, {config.num_attention_heads} heads, patch {config.patch_size}"
     )
 
 

@@ -13,7 +13,7 @@ from .architectures import find_backbone
 from .errors import ArgumentError
 from .inputs import model_inputs
 from .merging import require_degree, tokens_per_layer
-from .patching import merging_at
+from .patching import get_settings, merging_at
 
 
 def count_flops(model: PreTrainedModel, r: int, image_size: int | tuple[int, int] | None = None) -> int:
@@ -64,10 +64,12 @@ class Example(NamedTuple):
         module = model if model.main_input_name == name else backbone
         generator = torch.Generator().manual_seed(0)
         if name == "pixel_values":
-            size = config.image_size if image_size is None else image_size
-            height, width = (size, size) if isinstance(size, int) else size
-            if min(require_degree(height, "image_size"), require_degree(width, "image_size")) < 1:
-                raise ArgumentError(f"image_size must be positive, got {image_size!r}.")
+            height, width = _pair(config.image_size if image_size is None else image_size, "image_size")
+            patch = _pair(config.patch_size, "patch_size")
+            if height < patch[0] or width < patch[1]:
+                raise ArgumentError(
+                    f"image_size must be at least a patch of {patch[0]} x {patch[1]}, got {image_size!r}."
+                )
             # neighbouring patches resemble each other, as in photographs
             coarse = torch.randn(batch_size, config.num_channels, 8, 8, generator=generator)
             batch = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
@@ -79,6 +81,14 @@ class Example(NamedTuple):
 
     def run(self) -> None:
         self.module(**model_inputs(self.module, self.batch))
+
+
+def _pair(size: object, name: str) -> tuple[int, int]:
+    """Height and width of what is given as one integer or two."""
+    pair = (size, size) if isinstance(size, int) else size
+    if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(type(side) is int for side in pair):
+        raise ArgumentError(f"{name} must be an integer or two, height and width, got {size!r}.")
+    return pair[0], pair[1]
 
 
 @torch.no_grad()
@@ -98,4 +108,7 @@ def count(model: PreTrainedModel, degree: int, example: Example) -> tuple[tuple[
         counter = stack.enter_context(FlopCounterMode(display=False))
         example._replace(batch=example.batch[:1]).run()
     tokens = tokens_per_layer(degree, len(backbone.layers), entering[0], backbone.protected)
+    settings = get_settings(model)
+    if settings is not None and settings.class_tokens_only:
+        tokens[-1] = backbone.protected
     return (entering[0], *tokens), counter.get_total_flops() / 1e9

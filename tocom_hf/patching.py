@@ -26,7 +26,7 @@ def apply_tome(
     model: PreTrainedModel,
     r: Schedule,
     *,
-    proportional_attention: bool = True,
+    proportional_attention: bool | None = None,
     restore: bool | None = None,
     class_tokens_only: bool | None = None,
 ) -> PreTrainedModel:
@@ -39,7 +39,8 @@ def apply_tome(
         model: A model of a supported architecture, with or without a head. It is patched in place.
         r: How many tokens each layer merges: an int, a list with one int per layer, or `(r, inflection)` with
             inflection in [-1, 1]. A layer merges at most half of its unprotected tokens.
-        proportional_attention: Add the log of each key's token size to the attention logits (ToMe, eq. 1).
+        proportional_attention: Add the log of each key's token size to the attention logits (ToMe, eq. 1). On by
+            default; a model that merges already keeps what it has.
         restore: Copy merged tokens back to the positions that they came from after the last layer, so that
             `last_hidden_state` keeps its shape and means over tokens weigh by size; inner `hidden_states` stay merged.
             By default on for families whose heads read patch tokens (DINOv2, CLIP, SigLIP, I-JEPA, masked image
@@ -90,7 +91,7 @@ def set_merging(
     model: PreTrainedModel,
     r: Schedule,
     *,
-    proportional_attention: bool = True,
+    proportional_attention: bool | None = None,
     restore: bool | None = None,
     class_tokens_only: bool | None = None,
     bound: bool = False,
@@ -104,6 +105,8 @@ def set_merging(
     backbone = find_backbone(model)
     schedule = resolve_schedule(r, len(backbone.layers))
     hook = _find_hook(backbone.module)
+    if proportional_attention is None:
+        proportional_attention = hook is None or hook.settings.proportional_attention
     if class_tokens_only is None:
         class_tokens_only = hook is not None and hook.settings.class_tokens_only
     if restore is None and hook is not None:
@@ -186,8 +189,14 @@ def unset_merging(model: PreTrainedModel) -> PreTrainedModel:
 
 def get_schedule(model: PreTrainedModel) -> tuple[int, ...] | None:
     """The degrees per layer that a model merges at, or `None` where it is not patched."""
+    settings = get_settings(model)
+    return None if settings is None else settings.schedule
+
+
+def get_settings(model: PreTrainedModel) -> MergeSettings | None:
+    """How a model merges, or `None` where it is not patched."""
     hook = _find_hook(find_backbone(model).module)
-    return None if hook is None else hook.settings.schedule
+    return None if hook is None else hook.settings
 
 
 @contextlib.contextmanager
@@ -200,8 +209,7 @@ def merging_at(model: PreTrainedModel, r: Schedule) -> Iterator[PreTrainedModel]
     """
     hook = _find_hook(find_backbone(model).module)
     before = None if hook is None else hook.settings
-    proportional_attention = before is None or before.proportional_attention
-    set_merging(model, r, proportional_attention=proportional_attention, bound=hook is not None and hook.bound)
+    set_merging(model, r, bound=hook is not None and hook.bound)
     try:
         yield model
     finally:
