@@ -77,3 +77,14 @@ def test_wrong_arguments_are_found_before_the_first_forward_pass(tocom, images, 
 def test_a_model_without_plugins_has_no_scale(images):
     with pytest.raises(ArgumentError, match="has no plugins"):
         pick_scale(TocomModel.from_pretrained(make_model(), source_r=0), images, 4)
+
+
+def test_a_model_of_transformers_has_no_scale_either(images):
+    with pytest.raises(ArgumentError, match="has no plugins"):
+        pick_scale(make_model(), images, 4)
+
+
+def test_scales_that_overflow_are_never_picked(tocom, images):
+    assert pick_scale(tocom, images, 5, scales=[1e38, 0.1]) == 0.1
+    with pytest.raises(ArgumentError, match=r"At none of the scales \[1e\+38\]"):
+        pick_scale(tocom, images, 5, scales=[1e38])

@@ -1,6 +1,7 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """Which scale s to put in front of the plugins: the scales to choose from, and a choice that needs no labels."""
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -66,12 +67,13 @@ def pick_scale(
     scales = [require_scale(scale) for scale in scales]
     if not scales:
         raise ArgumentError("There are no scales to choose from. Give some, e.g. scales=[0, 0.05, 0.1, 0.15].")
-    if model.plugins is None or target_r == model.source_r:
-        why = "has no plugins" if model.plugins is None else f"was trained at target_r={target_r}"
+    plugins = getattr(model, "plugins", None)  # of a model that is no TocomModel there are none
+    if plugins is None or target_r == model.source_r:
+        why = "has no plugins" if plugins is None else f"was trained at target_r={target_r}"
         raise ArgumentError(f"The model {why}, so there is no scale to choose.")
     if len(images) == 0:  # type: ignore[arg-type]
         raise DatasetError("There are no images to choose a scale by.")
-    model.plugins.compose(model.source_r, target_r)  # a degree out of range is an error before the first forward pass
+    plugins.compose(model.source_r, target_r)  # a degree out of range is an error before the first forward pass
     objective, device = find_objective("auto", model), next(model.parameters()).device
 
     @torch.no_grad()
@@ -88,4 +90,10 @@ def pick_scale(
         for scale in scales:
             with model.at(target_r, scale):
                 divergences[scale] = objective.loss(teacher, outputs()).item()
-    return min(divergences, key=divergences.__getitem__)
+    finite = [scale for scale in scales if math.isfinite(divergences[scale])]
+    if not finite:
+        raise ArgumentError(
+            f"At none of the scales {scales} are the model's outputs finite at both degrees. Look for images that are "
+            "not finite, and for scales that are too large."
+        )
+    return min(finite, key=divergences.__getitem__)
