@@ -4,6 +4,7 @@
 import torch
 
 from tocom_hf.agreement import agreement_grid, agreement_sums, format_grid
+from tocom_hf.devices import float64_device
 from tocom_hf.visualization import plot_agreement
 
 
@@ -72,3 +73,8 @@ def test_the_heat_map_has_three_panels(tmp_path):
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles == ["token merging alone", "with ToCom", "difference"]
     figure.savefig(tmp_path / "agreement.png")
+
+
+def test_sums_are_exact_where_the_device_can():
+    assert float64_device(torch.device("mps")).type == "cpu"  # which has no float64
+    assert float64_device(torch.device("cuda", 1)) == torch.device("cuda", 1)

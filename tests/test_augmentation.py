@@ -85,6 +85,30 @@ def test_operations_are_those_of_pil(pixels, index):
         assert difference.max() < 12
 
 
+def test_turns_and_shears_are_those_of_pil_on_images_that_are_not_square():
+    """By the place of a bright spot: of a turn by 30 degrees, and of shears by 0.3."""
+    height, width, y, x = 60, 120, 20, 75
+    images = torch.zeros(1, 3, height, width)
+    images[:, :, y - 1 : y + 2, x - 1 : x + 2] = 1
+    picture = Image.fromarray((images[0, 0].numpy() * 255).astype(np.uint8))
+    rotated = [picture.rotate(angle, Image.Resampling.BILINEAR) for angle in (30, -30)]
+    centre_x, centre_y = width / 2, height / 2
+    sheared = [
+        picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+        for matrix in ((1, 0.3, -0.3 * centre_y, 0, 1, 0), (1, 0, 0, 0.3, 1, -0.3 * centre_x))
+    ]
+    # black instead of the grey that comes in at the edges
+    moved = [operation(images, torch.ones(1), torch.ones(1))[0, 0].clamp(min=0.55) - 0.55 for operation in OPERATIONS]
+
+    def place(pixels):
+        pixels = np.asarray(pixels, dtype=float)
+        rows, columns = np.indices(pixels.shape)
+        return np.array([(rows * pixels).sum(), (columns * pixels).sum()]) / max(pixels.sum(), 1e-9)
+
+    for wanted in (rotated, *([picture] for picture in sheared)):
+        assert any(np.abs(place(one) - place(other)).max() < 0.5 for one in wanted for other in moved)
+
+
 def test_half_of_the_operations_are_applied():
     images = torch.rand(400, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     changed = (rand_augment(images, keys(400), 9.0) != images).flatten(1).any(1)
@@ -140,6 +164,7 @@ def test_erasing_replaces_rectangles_by_noise():
     "wrong",
     [
         {"mixup": -1.0},
+        {"mixup": 1.5},
         {"cutmix": float("inf")},
         {"random_erasing": 1.5},
         {"randaugment_num_ops": -1},

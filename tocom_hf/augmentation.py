@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .devices import float64_device
 from .errors import ArgumentError
 from .keyed_random import fold, normals, uniforms
 
@@ -50,8 +51,8 @@ class Augmentation:
         if not 0 <= self.random_erasing <= 1:
             raise ArgumentError(f"random_erasing must be a probability in [0, 1], got {self.random_erasing!r}.")
         for name in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ArgumentError(f"{name} must be a finite number of at least 0, got {getattr(self, name)!r}.")
+            if not 0 <= getattr(self, name) <= 1:  # the range of the rejection that draws it
+                raise ArgumentError(f"{name} must be in [0, 1], got {getattr(self, name)!r}.")
 
     @property
     def mixes(self) -> bool:
@@ -162,11 +163,12 @@ def beta(keys: torch.Tensor, alpha: float, rounds: int = 24) -> torch.Tensor:
 
     The first accepted of a fixed number of trials; for alpha <= 1 all fail less than once in ten million keys.
     """
-    trials = uniforms(fold(keys, _BETA), 2 * rounds).double() ** (1 / alpha)
+    draws = uniforms(fold(keys, _BETA), 2 * rounds)
+    trials = draws.to(float64_device(draws.device)).double() ** (1 / alpha)
     first, second = trials[:, :rounds], trials[:, rounds:]
     total = first + second
     accepted = ((total <= 1) & (total > 0)).long().argmax(dim=1, keepdim=True)
-    return (first / total).gather(1, accepted)[:, 0].nan_to_num(0.5).float()
+    return (first / total).gather(1, accepted)[:, 0].nan_to_num(0.5).float().to(draws.device)
 
 
 def _box_mask(top, left, box_height, box_width, images: torch.Tensor) -> torch.Tensor:
@@ -185,10 +187,13 @@ Operation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _affine(make: Callable[[torch.Tensor], tuple]) -> Operation:
-    """An operation that moves pixels; `make` gives the matrix, in coordinates of [-1, 1], from the signed strengths."""
+    """An operation that moves pixels. `make` gives the matrix from the signed strengths: in pixels, but for the last
+    column, which is in halves of the width and of the height."""
 
     def operation(images, strengths, signs):
         (a, b, c), (d, e, f) = make(strengths * signs)
+        aspect = images.shape[-2] / images.shape[-1]
+        b, d = b * aspect, d / aspect  # torch has both axes in [-1, 1]
         rows = [torch.stack([torch.broadcast_to(torch.as_tensor(x, device=images.device, dtype=images.dtype),
                                                 strengths.shape) for x in row], dim=-1)
                 for row in ((a, b, c), (d, e, f))]  # fmt: skip

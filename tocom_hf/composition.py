@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from .devices import float64_device
 from .errors import DegreeError
 from .merging import require_degree
 
@@ -71,10 +72,9 @@ class Composite:
             `weight + scale * lora_B @ lora_A` in the dtype and on the device of `weight`, summed in float64 and rounded
             once, so that the result depends neither on the device nor on torch's matmul precision settings.
         """
-        # mps has no float64
-        device = torch.device("cpu") if weight.device.type == "mps" else weight.device
-        lora_A, lora_B = (factor.to(device, torch.float64) for factor in self.factors[path])
-        total = torch.addmm(weight.to(device, torch.float64), lora_B, lora_A, alpha=self.scale)
+        device = float64_device(weight.device)
+        lora_A, lora_B = (factor.to(device).double() for factor in self.factors[path])
+        total = torch.addmm(weight.to(device).double(), lora_B, lora_A, alpha=self.scale)
         return total.to(weight.dtype).to(weight.device)
 
 

@@ -22,6 +22,11 @@ def describe_device(device: torch.device | str) -> str:
     return f"{name}, {torch.get_num_threads()} thread(s)"
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """The device itself where it computes in float64, else the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until an accelerator has finished; a CPU has, when a call returns."""
     if device.type != "cpu":
