@@ -10,6 +10,7 @@ the last r * h are active at degree r. So the rows of `P_i_i+1` are the h before
 """
 
 import argparse
+import math
 import pickle
 import re
 import sys
@@ -20,23 +21,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
+    BitImageProcessorPil,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
-    ViTImageProcessorPil,
 )
 
 from tocom_hf import PluginFileError, PluginSet, TocomError
 from tocom_hf.architectures import find_backbone
-from tocom_hf.composition import Factors
+from tocom_hf.composition import Factors, require_scale
 from tocom_hf.config import BackboneFacts, PluginSetConfig
 from tocom_hf.plugins import plugin_name
 
 
 ADAPTER = re.compile(r"(?:module\.)?blocks\.(\d+)\.attn\.([qv])_tocom\.adapter_(down|up)\.weight")
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 # timm's names of what is not in a block; the prefix of the backbone is left out
 STEM = {
     "cls_token": "embeddings.cls_token",
@@ -65,8 +66,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_r", type=int, default=16, help="Plugins in the checkpoint.")
     parser.add_argument("--scale", type=float, default=0.1, help="The scale that they were trained with.")
     parser.add_argument("--head_dim", type=int, default=64, help="With --weights: width of an attention head.")
+    parser.add_argument(
+        "--image_mean", type=float, nargs=3, default=IMAGENET_MEAN, help="With --weights: `mean` of timm's data_config."
+    )
+    parser.add_argument(
+        "--image_std", type=float, nargs=3, default=IMAGENET_STD, help="With --weights: `std` of timm's data_config."
+    )
+    parser.add_argument(
+        "--crop_pct", type=float, default=0.875, help="With --weights: `crop_pct` of timm's data_config."
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
+    if args.max_r < 1 or args.head_dim < 1:
+        parser.error("--max_r and --head_dim must be at least 1")
+    if not 0 < args.crop_pct <= 1:
+        parser.error("--crop_pct must be in (0, 1]")
     if args.plugins and not args.model_name_or_path:
         parser.error("--plugins needs --model_name_or_path, the backbone that they were trained for")
     return args
@@ -77,10 +91,18 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise PluginFileError(f"{path} cannot be read as weights: {error}") from error
-    content = content.get("model", content) if isinstance(content, dict) else content
+        # training scripts of DeiT and timm keep their arguments beside the weights
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise PluginFileError(
+            f"{path} cannot be read as weights, without running code that it may hold: {reason}. Expected tensors by "
+            "name, as torch.save and safetensors write them."
+        ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
     if not isinstance(content, dict):
         raise PluginFileError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors by name.")
     return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
@@ -100,7 +122,9 @@ def convert_plugins(
 
     Raises:
         PluginFileError: if adapters are missing or do not fit the backbone.
+        DegreeError: if the scale is not a finite number.
     """
+    require_scale(scale)
     backbone = find_backbone(model)
     found = {match.groups(): tensors[name].float() for name in tensors if (match := ADAPTER.fullmatch(name))}
     adapters: dict[int, dict[str, Factors]] = {i: {} for i in range(max_r)}
@@ -147,7 +171,7 @@ def convert_weights(tensors: dict[str, torch.Tensor], head_dim: int = 64) -> Pre
         head_dim: Width of an attention head, which the weights do not tell.
 
     Raises:
-        PluginFileError: if a weight is missing or unknown.
+        PluginFileError: if a weight is missing, unknown or of another shape than those of such a classifier.
     """
     tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     distilled = "dist_token" in tensors
@@ -169,9 +193,17 @@ def convert_weights(tensors: dict[str, torch.Tensor], head_dim: int = 64) -> Pre
             raise PluginFileError(f"{name} is no weight of a timm DeiT or ViT classifier that transformers has.")
     try:
         patches, patch = tensors["pos_embed"].shape[1] - 1 - distilled, tensors["patch_embed.proj.weight"]
+        if math.isqrt(patches) ** 2 != patches:
+            raise PluginFileError(f"The weights have positions for {patches} patches, which form no square.")
+        if patch.shape[0] % head_dim:
+            raise PluginFileError(
+                f"The weights are {patch.shape[0]} wide, which heads of {head_dim} do not divide. Give their width "
+                "(--head_dim)."
+            )
+        blocks = [int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)]
         settings = {
             "hidden_size": patch.shape[0], "num_attention_heads": patch.shape[0] // head_dim,
-            "num_hidden_layers": 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+            "num_hidden_layers": 1 + max(blocks, default=0),
             "intermediate_size": tensors["blocks.0.mlp.fc1.weight"].shape[0], "patch_size": patch.shape[-1],
             "num_channels": patch.shape[1], "image_size": patch.shape[-1] * round(patches**0.5),
             "num_labels": tensors["head.weight"].shape[0], "layer_norm_eps": 1e-6,
@@ -183,7 +215,10 @@ def convert_weights(tensors: dict[str, torch.Tensor], head_dim: int = 64) -> Pre
         model = DeiTForImageClassificationWithTeacher(DeiTConfig(**settings))
     else:
         model = ViTForImageClassification(ViTConfig(**settings))
-    wrong = model.load_state_dict(renamed, strict=False)
+    try:
+        wrong = model.load_state_dict(renamed, strict=False)
+    except RuntimeError as error:  # names every shape that differs
+        raise PluginFileError(f"The weights do not fit a {type(model).__name__}: {error}") from error
     if wrong.missing_keys or wrong.unexpected_keys:
         raise PluginFileError(f"Weights are missing ({wrong.missing_keys}) or unknown ({wrong.unexpected_keys}).")
     return model.eval()
@@ -199,10 +234,21 @@ def main() -> None:
     args = parse_args()
     if args.weights:
         model = convert_weights(read_weights(args.weights), args.head_dim)
-        size = {"height": model.config.image_size, "width": model.config.image_size}
+        side = model.config.image_size
+        processor = BitImageProcessorPil(
+            size={"shortest_edge": math.floor(side / args.crop_pct)},
+            crop_size={"height": side, "width": side},
+            resample=3,
+            image_mean=args.image_mean,
+            image_std=args.image_std,
+        )
         model.save_pretrained(args.output_dir)
-        ViTImageProcessorPil(size=size, resample=3, **IMAGENET).save_pretrained(args.output_dir)
-        print(f"{type(model).__name__} written to {args.output_dir.resolve()}")
+        processor.save_pretrained(args.output_dir)
+        print(
+            f"{type(model).__name__} written to {args.output_dir.resolve()}. Images are normalised by the mean "
+            f"{args.image_mean} and the deviation {args.image_std}, of a crop of {args.crop_pct:g}: compare that with "
+            "timm's data_config of the model (--image_mean, --image_std, --crop_pct)."
+        )
         return
     model = AutoModel.from_pretrained(args.model_name_or_path, dtype=torch.float32)
     plugins = convert_plugins(

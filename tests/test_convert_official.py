@@ -1,19 +1,22 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """Converted weights and plugins compute what the layers that they were trained in compute."""
 
+import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForImageClassification
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from convert_official import convert_plugins, convert_weights, main, read_weights
 
-from tocom_hf import PluginFileError, PluginSet, TocomModel
+from tocom_hf import DegreeError, PluginFileError, PluginSet, TocomModel
 
 
 WIDTH, HEADS, BLOCKS, MAX_R, H = 32, 4, 2, 16, 2
@@ -173,3 +176,51 @@ def test_what_does_not_fit_is_named(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(PluginFileError, match="holds a list"):
         read_weights(tmp_path / "list.pth")
+
+
+def test_checkpoints_of_training_scripts_are_read(tmp_path):
+    """DeiT's has its arguments beside the weights, timm's calls these `state_dict`."""
+    tensors = timm_weights()
+    torch.save({"model": tensors, "args": argparse.Namespace(lr=1e-3), "epoch": 3}, tmp_path / "deit.pth")
+    torch.save({"state_dict": tensors, "arch": "vit"}, tmp_path / "timm.pth.tar")
+    for name in ("deit.pth", "timm.pth.tar"):
+        found = read_weights(tmp_path / name)
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({}, {"head_dim": 7}, "which heads of 7 do not divide"),
+        ({"pos_embed": torch.zeros(1, 1 + 60, WIDTH)}, {}, "60 patches, which form no square"),
+        ({"head.bias": torch.zeros(3)}, {}, "do not fit a ViTForImageClassification.*classifier.bias"),
+    ],
+)
+def test_weights_of_other_shapes_are_named(change, arguments, message):
+    with pytest.raises(PluginFileError, match=f"(?s){message}"):
+        convert_weights({**timm_weights(), **change}, **{"head_dim": 8, **arguments})
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    (tmp_path / "notes.pth").write_text("these are notes")
+    with pytest.raises(PluginFileError, match="cannot be read as weights"):
+        read_weights(tmp_path / "notes.pth")
+    model = convert_weights(timm_weights(), head_dim=8)
+    with pytest.raises(DegreeError, match="finite"):
+        convert_plugins(plugin_weights(), model, MAX_R, float("nan"))
+
+
+def test_images_are_prepared_as_told(tmp_path, monkeypatch):
+    torch.save(timm_weights(), tmp_path / "vit.pth")
+    settings = ["--head_dim", "8", "--image_mean", *["0.5"] * 3, "--image_std", *["0.5"] * 3, "--crop_pct", "0.9"]
+    command = ["convert_official.py", "--weights", tmp_path / "vit.pth", "--output_dir", tmp_path / "vit", *settings]
+    monkeypatch.setattr(sys, "argv", [*map(str, command)])
+    main()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "vit")
+    image = Image.fromarray(np.arange(70 * 50 * 3, dtype=np.uint8).reshape(70, 50, 3))
+    resized = image.resize((35, 49), Image.Resampling.BICUBIC)  # the shorter edge to 32 / 0.9
+    left, top = (35 - 32) // 2, (49 - 32) // 2
+    cropped = np.asarray(resized.crop((left, top, left + 32, top + 32)), dtype=np.float32).transpose(2, 0, 1)
+    found = processor(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(found, torch.from_numpy(cropped / 127.5 - 1), rtol=0, atol=1e-3)
