@@ -42,7 +42,8 @@ def main() -> None:
         images = [to_rgb(ImageOps.exif_transpose(Image.open(path))) for path in args.images]
     else:
         images = load_images(args.dataset_name, split=args.dataset_split, max_samples=args.num_images)["image"][:]
-    pixel_values = processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+        images = [to_rgb(image) for image in images]
+    pixel_values = processor(images, return_tensors="pt")["pixel_values"]
     backbone = find_backbone(model).module  # of CLIP the vision part
     patch = backbone.config.patch_size
     grid = (pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)

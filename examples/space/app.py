@@ -4,7 +4,8 @@
     pip install -r examples/space/requirements.txt
     python examples/space/app.py
 
-Runs offline on the embedded Fashion-MNIST model. The environment variables TOCOM_MODEL and TOCOM_PLUGINS name others.
+Runs offline on the embedded Fashion-MNIST model. The environment variables TOCOM_MODEL and TOCOM_PLUGINS name others,
+TOCOM_SOURCE_R the degree of a checkpoint that does not record it.
 """
 
 import os
@@ -37,8 +38,8 @@ CSS = """
 class Demo:
     """The model with plugins, the same checkpoint without, and what every degree costs on this machine."""
 
-    def __init__(self, checkpoint: str, plugins: str):
-        self.model = TocomModel.from_pretrained(checkpoint, plugins=plugins)
+    def __init__(self, checkpoint: str, plugins: str, source_r: int | None = None):
+        self.model = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=source_r)
         self.plain = AutoModelForImageClassification.from_pretrained(checkpoint).eval()
         self.processor = AutoImageProcessor.from_pretrained(checkpoint)
         # a single small image keeps no machine busy: only a batch shows what merging saves
@@ -121,7 +122,12 @@ def build(demo: Demo) -> gr.Blocks:
 
 
 def main() -> None:
-    demo = Demo(os.environ.get("TOCOM_MODEL", str(CHECKPOINT)), os.environ.get("TOCOM_PLUGINS", str(PLUGINS)))
+    degree = os.environ.get("TOCOM_SOURCE_R")
+    demo = Demo(
+        os.environ.get("TOCOM_MODEL", str(CHECKPOINT)),
+        os.environ.get("TOCOM_PLUGINS", str(PLUGINS)),
+        None if degree is None else int(degree),
+    )
     build(demo).launch(css=CSS)
 
 
