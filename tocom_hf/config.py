@@ -114,15 +114,12 @@ class PluginSetConfig:
     license: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def projection_paths(self) -> list[str]:
-        """Paths, in the backbone, of the linear layers that the plugins apply to."""
-        return projection_paths(self.backbone.model_type, self.backbone.num_hidden_layers, self.target_modules)
-
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """The shapes of their weights, `(out, in)`, by path in the backbone."""
-        size, paths = self.backbone.hidden_size, self.projection_paths()
+        """The shapes of the weights that the plugins change, `(out, in)`, by path in the backbone."""
+        facts = self.backbone
+        paths = projection_paths(facts.model_type, facts.num_hidden_layers, self.target_modules)
         if self.target_modules is None:
-            return dict.fromkeys(paths, (size, size))
+            return dict.fromkeys(paths, (facts.hidden_size, facts.hidden_size))
         # layer by layer, as the paths are
         return dict(zip(paths, itertools.cycle(self.target_modules.values()), strict=False))
 
