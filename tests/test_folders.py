@@ -8,12 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model, make_plugins
+from tqdm import tqdm
 
 from tocom_hf import PluginFileError, PluginSet, TocomModel
 from tocom_hf.composition import Factors
@@ -205,6 +207,8 @@ def uniform(value, model):
 
 
 def keep_saving(folder, value, until):
+    # tqdm's lock is shared with forked processes: one that is stopped while it has it would block the others for ever
+    tqdm.set_lock(threading.RLock())
     model = make_model()
     if isinstance(value, tuple):
         with torch.no_grad():
