@@ -58,6 +58,9 @@ def parse_args() -> argparse.Namespace:
         "--fixed_scales", type=float, nargs="*", default=(), help="Scales to report too, negative for a flipped sign."
     )
     parser.add_argument("--per_device_eval_batch_size", type=int, default=100)
+    parser.add_argument(
+        "--dataloader_num_workers", type=int, default=0, help="Worker processes that load images, for each process."
+    )
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: accelerate's.")
     parser.add_argument("--speed_rounds", type=int, default=5, help="Rounds of timing; 0 for none.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for table, CSV, JSON and plots.")
@@ -158,6 +161,7 @@ def main() -> None:
             scales=args.scales,
             fixed_scales=args.fixed_scales,
             batch_size=args.per_device_eval_batch_size,
+            num_workers=args.dataloader_num_workers,
             accelerator=accelerator,
         )
         if not costs and accelerator.is_main_process:

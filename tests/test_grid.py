@@ -39,6 +39,18 @@ def divergence_from_source(tocom, target_r, scale, images):
     return total / len(images)
 
 
+def test_worker_processes_change_nothing(images):
+    tocom = TocomModel.from_pretrained(make_model(), plugins=make_plugins(make_model()), source_r=2)
+    settings = {"scales": [0.1, 0.3], "batch_size": 5, "accelerator": Accelerator(cpu=True)}
+    alone, helped = (
+        evaluate_checkpoint(tocom, "", [0, 5], images[8:], images[:8], num_workers=workers, **settings)
+        for workers in (0, 2)
+    )
+    for one, other in zip(alone, helped, strict=True):
+        assert torch.equal(one.plain, other.plain)
+        assert one.validation == other.validation
+
+
 def test_each_cell_is_what_its_model_makes_of_the_images(images):
     model = make_model()
     plugins = make_plugins(model)

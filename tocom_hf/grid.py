@@ -118,6 +118,7 @@ def evaluate_checkpoint(
     scales: Sequence[float] = WIDE_SCALES,
     fixed_scales: Sequence[float] = (),
     batch_size: int = 100,
+    num_workers: int = 0,
     accelerator: Accelerator | None = None,
 ) -> list[CellRun]:
     """Run one checkpoint at several degrees, plain and with the plugins, on every process of an `accelerate launch`.
@@ -133,6 +134,8 @@ def evaluate_checkpoint(
         scales: The scales to pick from.
         fixed_scales: Scales to run at whatever validation says, for ablations; a negative one flips the sign.
         batch_size: Images per process and forward pass.
+        num_workers: Worker processes that load images, for each process and data set. Images are read anew for every
+            degree and scale, so a GPU waits for them without.
         accelerator: Where to run; by default a new one.
 
     Returns:
@@ -153,7 +156,10 @@ def evaluate_checkpoint(
     if model.plugins is not None:
         for degree in degrees:  # one out of range is an error before the first forward pass
             model.plugins.compose(model.source_r, degree)
-    loaders = {kind: accelerator.prepare_data_loader(DataLoader(data, batch_size=batch_size)) for kind, data in sets}
+    reading: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
+    loaders = {
+        kind: accelerator.prepare_data_loader(DataLoader(data, batch_size=batch_size, **reading)) for kind, data in sets
+    }
     runs = []
     with ExitStack() as stack:
         stack.callback(model.train, model.training)
