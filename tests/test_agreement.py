@@ -1,9 +1,10 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """The agreement grid counts what the formula says."""
 
+import pytest
 import torch
 
-from tocom_hf.agreement import agreement_grid, agreement_sums, format_grid
+from tocom_hf.agreement import agreement_grid, agreement_sums, format_grid, mean_agreement
 from tocom_hf.devices import float64_device
 from tocom_hf.visualization import plot_agreement
 
@@ -66,6 +67,12 @@ def test_the_table_shows_every_cell():
     lines = format_grid(grid()).splitlines()
     assert len(lines) == 4
     assert lines[1].count("100.00>100.00") == 1
+
+
+def test_the_mean_leaves_out_pairs_of_the_same_degree():
+    one_source = {"sources": [2], "degrees": [0, 2, 4], "plain": [[0.5, 1.0, 0.7]], "tocom": [[0.7, 1.0, 0.9]]}
+    assert mean_agreement(one_source) == pytest.approx((0.6, 0.8))
+    assert mean_agreement({"degrees": [0], "plain": [[1.0]], "tocom": [[1.0]]}) is None
 
 
 def test_the_heat_map_has_three_panels(tmp_path):

@@ -410,6 +410,18 @@ def test_the_grid_is_recorded_and_shows_the_gain():
     assert all(grid["tocom"][i][i] == grid["plain"][i][i] for i in range(5))
 
 
+def test_plugins_that_do_harm_are_told_of(caplog):
+    settings = {"max_steps": 8, "per_device_train_batch_size": 16, "eval_degrees": [0, 4]}
+    for learning_rate, told in ((0.1, False), (100.0, True)):
+        caplog.clear()
+        plugins = distill(
+            make_model(), Noise(), arguments(**settings, learning_rate=learning_rate), eval_dataset=Noise(8)
+        )
+        grid = plugins.config.training["agreement"]
+        assert (grid["tocom"][0][1] + grid["tocom"][1][0] < grid["plain"][0][1] + grid["plain"][1][0]) == told
+        assert ("Lower learning_rate" in caplog.text) == told
+
+
 def test_trackers_get_the_figures(tmp_path):
     logged = []
 

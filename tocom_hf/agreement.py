@@ -64,6 +64,16 @@ def grid_axes(grid: dict) -> tuple[list, list]:
     return grid.get("sources", grid["degrees"]), grid["degrees"]
 
 
+def mean_agreement(grid: dict) -> tuple[float, float] | None:
+    """The mean of a grid over its pairs m != n, without and with the chain; `None` where it has no such pair."""
+    sources, degrees = grid_axes(grid)
+    pairs = [(i, j) for i, m in enumerate(sources) for j, n in enumerate(degrees) if m != n]
+    if not pairs:
+        return None
+    plain, tocom = (sum(grid[name][i][j] for i, j in pairs) / len(pairs) for name in ("plain", "tocom"))
+    return plain, tocom
+
+
 def format_grid(grid: dict) -> str:
     """An agreement grid as a table: in each cell without and with the chain, in percent."""
     sources, degrees = grid_axes(grid)
