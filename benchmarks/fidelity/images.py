@@ -40,7 +40,7 @@ CODES = (code for first, last in SCRIPTS for code in range(first, last + 1) if c
 LETTERS = [chr(code) for code in CODES if chr(code).isalpha()]
 SHAPES = ("circle", "square", "triangle", "bar", "ring")
 MAX_AREA = 8_000_000  # pixels; a few posters take longer to decode than all the rest
-CANVAS = 192  # pixels of the images to distil on
+CANVAS = 192  # pixels of drawings, and of the images to distil on where nothing else is asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Style:
     oversampling: int = 1
 
 
-def distillation_images(count: int, seed: int, style: Style) -> datasets.Dataset:
+def distillation_images(count: int, seed: int, style: Style, size: int = CANVAS) -> datasets.Dataset:
     """Collages of one to twelve drawings on clutter, Fashion-MNIST images, and letters and strokes.
 
     They are larger than what the model sees, because distillation looks at random parts of them.
@@ -79,6 +79,7 @@ def distillation_images(count: int, seed: int, style: Style) -> datasets.Dataset
         count: Images to make.
         seed: Decides everything.
         style: What they look like.
+        size: Their height and width in pixels.
     """
     held_out = {digest_of(path) for paths in natural_files().values() for path in paths}
     folders = [STAMPS, *sorted(path for path in CLIPART.iterdir() if path.is_dir() and path.name not in NATURAL)]
@@ -95,18 +96,18 @@ def distillation_images(count: int, seed: int, style: Style) -> datasets.Dataset
         for index, path in enumerate(files):
             recent.append(style.picture(open_picture(path)))
             for _ in range(drawings * (index + 1) // len(files) - drawings * index // len(files)):
-                canvas = style.clutter(CANVAS, generator)
+                canvas = style.clutter(size, generator)
                 for other in generator.choices(recent, k=generator.randrange(12)):
                     paste(canvas, other, generator, smallest=0.1, largest=0.6)
                 paste(canvas, recent[-1], generator, smallest=0.2)
                 yield _jpeg(canvas)
         for _ in range(clothing):
-            grey = Image.fromarray(fashion[generator.randrange(len(fashion))]).resize((CANVAS, CANVAS), Image.BICUBIC)
-            canvas = style.clutter(CANVAS, generator)
+            grey = Image.fromarray(fashion[generator.randrange(len(fashion))]).resize((size, size), Image.BICUBIC)
+            canvas = style.clutter(size, generator)
             canvas.paste(style.cloth(generator), (0, 0), grey)
             yield _jpeg(canvas)
         for index in range(marks):
-            canvas = style.clutter(CANVAS, generator)
+            canvas = style.clutter(size, generator)
             (_letters if index % 2 else _strokes)(canvas, style, generator)
             yield _jpeg(canvas)
 

@@ -23,7 +23,7 @@ from typing import Any
 import mix
 import torch
 import transformers
-from images import STYLES, distillation_images, write_task
+from images import CANVAS, STYLES, distillation_images, write_task
 from transformers import AutoConfig, AutoImageProcessor
 
 from tocom_hf import PluginSet
@@ -89,7 +89,10 @@ def make_data(config: dict, folder: Path, tasks: list[str]) -> None:
     distil = folder / "distil.parquet"
     if not distil.exists():
         count, seed = config["distillation_images"], 1000 * seed + 999
-        images = mix.distillation_images(count, seed) if config.get(MIX) else distillation_images(count, seed, style)
+        if config.get(MIX):
+            images = mix.distillation_images(count, seed)
+        else:
+            images = distillation_images(count, seed, style, config.get("distillation_canvas", CANVAS))
         images.to_parquet(distil.with_suffix(".part"))
         distil.with_suffix(".part").rename(distil)
         print(f"{len(images)} images to distil on written to {distil}", flush=True)
