@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import make_model, make_plugins
+from torch.utils.data import get_worker_info
 
 from tocom_hf import ArgumentError, DatasetError, DegreeError, TocomModel, apply_tome
 from tocom_hf.grid import CellRun, evaluate_checkpoint, pick_scales, summarize
@@ -39,13 +40,28 @@ def divergence_from_source(tocom, target_r, scale, images):
     return total / len(images)
 
 
-def test_worker_processes_change_nothing(images):
+class ReadBy(list):
+    """Images that only worker processes can read, or only the process itself."""
+
+    def __init__(self, images, workers):
+        super().__init__(images)
+        self.workers = workers
+
+    def __getitem__(self, index):
+        assert (get_worker_info() is not None) == self.workers
+        return super().__getitem__(index)
+
+
+def test_worker_processes_read_the_images_and_change_nothing(images):
     tocom = TocomModel.from_pretrained(make_model(), plugins=make_plugins(make_model()), source_r=2)
     settings = {"scales": [0.1, 0.3], "batch_size": 5, "accelerator": Accelerator(cpu=True)}
     alone, helped = (
-        evaluate_checkpoint(tocom, "", [0, 5], images[8:], images[:8], num_workers=workers, **settings)
+        evaluate_checkpoint(
+            tocom, "", [0, 5], *(ReadBy(part, workers > 0) for part in (images[8:], images[:8])),
+            num_workers=workers, **settings,
+        )
         for workers in (0, 2)
-    )
+    )  # fmt: skip
     for one, other in zip(alone, helped, strict=True):
         assert torch.equal(one.plain, other.plain)
         assert one.validation == other.validation

@@ -92,7 +92,7 @@ def make_data(config: dict, folder: Path, tasks: list[str]) -> None:
         if config.get(MIX):
             images = mix.distillation_images(count, seed)
         else:
-            images = distillation_images(count, seed, style, config.get("distillation_canvas", CANVAS))
+            images = distillation_images(count, seed, style, config.get("distillation_image_size", CANVAS))
         images.to_parquet(distil.with_suffix(".part"))
         distil.with_suffix(".part").rename(distil)
         print(f"{len(images)} images to distil on written to {distil}", flush=True)
