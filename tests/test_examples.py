@@ -310,6 +310,25 @@ def test_finetune_with_lora_writes_an_ordinary_checkpoint_and_resumes(tmp_path):
     assert moved < 0.7 * sum(delta.norm() for delta in first.values())
 
 
+def test_fit_scales_writes_a_set_for_the_checkpoint(tmp_path):
+    command = [
+        ROOT / "examples/fit_scales.py", "--model_name_or_path", CHECKPOINT, "--plugins", PLUGINS, "--dataset_name",
+        IMAGES, "--dataset_split", "test[:40]", "--max_samples", 24, "--max_steps", 2, "--target_r", 8,
+    ]  # fmt: skip
+    code, output, errors = run(*command, "--output_dir", tmp_path / "set", cwd=tmp_path)
+    assert code == 0, errors
+    assert "source_r=0, r=0..8" in output
+    fitted = PluginSet.from_pretrained(tmp_path / "set")
+    training = fitted.config.training
+    assert (training["num_images"], training["max_steps"], training["target_r"]) == (24, 2, [8])
+    assert training["dataset_split"] == "test[:40]"
+    assert TocomModel.from_pretrained(CHECKPOINT, plugins=fitted, target_r=8).target_r == 8
+    code, _, errors = run(*command, "--output_dir", tmp_path / "none", "--target_r", 0, cwd=tmp_path)
+    assert code == 1
+    assert errors.splitlines()[-1].startswith("ArgumentError: The model was trained at target_r=0")
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("launch", [[], TORCHRUN], ids=["one process", "two processes"])
 def test_evaluate_writes_the_same_figures_on_any_number_of_processes(tmp_path, monkeypatch, launch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

@@ -225,6 +225,32 @@ def test_one_adapted_plugin_set_serves_all_checkpoints_of_a_task(tmp_path, monke
     assert run.checkpoint(tmp_path, "adapted-linear-digits", 4, 0).parts[-2:] == ("linear-digits", "r4-seed0")
 
 
+def test_scales_are_fitted_to_each_checkpoint_on_the_images_that_scales_are_picked_on(tmp_path, monkeypatch):
+    import run
+
+    calls = []
+
+    def fit(script, output_dir, **arguments):
+        output_dir.mkdir(parents=True)
+        (output_dir / run.CONFIG_NAME).touch()
+        calls.append({"script": script, **arguments})
+
+    monkeypatch.setattr(run, "run", fit)
+    for _ in range(2):  # the second time it is there
+        run.scale({"scale_fitting": {"max_steps": 5}}, tmp_path, "scaled-linear-digits", 4, 1)
+    assert calls == [
+        {
+            "script": "fit_scales.py",
+            "model_name_or_path": tmp_path / "checkpoints" / "linear-digits" / "r4-seed1",
+            "plugins": tmp_path / "plugins",
+            "dataset_name": tmp_path / "data" / "digits" / "validation.parquet",
+            "max_steps": 5,
+        }
+    ]
+    assert run.plugins_folder(tmp_path, "scaled-digits", 4, 0) == tmp_path / "scaled" / "digits" / "r4-seed0"
+    assert run.group_name("scaled-digits") == "fine-tuned, fitted scales"
+
+
 def test_strokes_depend_on_the_seed_alone():
     import images
 

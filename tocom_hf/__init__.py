@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .data import load_images, with_pixel_values
     from .distillation import distill
     from .evaluation import DegreeResult, evaluate_degrees
+    from .scale_fitting import fit_scales
     from .scales import pick_scale
     from .visualization import paint_groups, tile
 
@@ -47,6 +48,7 @@ _LAZY = {
     "DistillationArguments": "arguments",
     "distill": "distillation",
     "evaluate_degrees": "evaluation",
+    "fit_scales": "scale_fitting",
     "load_images": "data",
     "paint_groups": "visualization",
     "pick_scale": "scales",
@@ -82,6 +84,7 @@ __all__ = [
     "count_flops",
     "distill",
     "evaluate_degrees",
+    "fit_scales",
     "load_images",
     "paint_groups",
     "pick_scale",

@@ -139,6 +139,11 @@ class PluginSetConfig:
                     + ("no linear layer." if layer is None or None in found else f"one of {found[0]} x {found[1]}.")
                 )
 
+    def origin(self) -> dict[str, Any]:
+        """What to record of this set in one that was trained on from it."""
+        names = ("dataset", "steps", "global_batch_size")
+        return {"base_model": self.base_model, **{name: self.training[name] for name in names if name in self.training}}
+
     def to_json_file(self, path: Path) -> None:
         content = asdict(self)
         extra = content.pop("extra")

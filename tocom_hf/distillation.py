@@ -149,7 +149,7 @@ def distill(
             "attn_implementation": model.config._attn_implementation,
             "hardware": describe_device(accelerator.device),
             "num_images": num_images,
-            "init_plugins": None if init_plugins is None else _origin(init_plugins),
+            "init_plugins": None if init_plugins is None else init_plugins.config.origin(),
             **figures,
             **(training_facts or {}),
         },
@@ -372,13 +372,6 @@ def _digest(adapters: dict[int, Adapter]) -> str:
             for factor in adapter[path]:
                 digest.update(factor.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _origin(plugins: PluginSet) -> dict[str, Any]:
-    """What to record of the set that a training started from."""
-    names = ("dataset", "steps", "global_batch_size")
-    recorded = {name: plugins.config.training[name] for name in names if name in plugins.config.training}
-    return {"base_model": plugins.config.base_model, **recorded}
 
 
 def _check_accelerator(accelerator: Accelerator) -> None:

@@ -6,8 +6,9 @@
 
 Stages: `data` makes the images, `base` stores the backbone with an image processor of the study's size, `distil`
 makes the plugin set, `finetune` the checkpoints, `fit` a plugin set for each of these, or one for each task, from the
-training images without labels, `evaluate` the grid of each task, `arithmetic` the evidence of eq. 1, `tabulate` the
-tables and plots. The work is done by the scripts in `examples/`, whose commands are printed.
+training images without labels, or only its scales, from the validation images without labels, `evaluate` the grid of
+each task, `arithmetic` the evidence of eq. 1, `tabulate` the tables and plots. The work is done by the scripts in
+`examples/`, whose commands are printed.
 """
 
 import argparse
@@ -36,6 +37,7 @@ HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
 LINEAR = "linear-"  # before the name of a task: a linear head on the frozen backbone instead of fine-tuning
 FITTED = "fitted-"  # before the name of a task: the same checkpoints, each with a plugin set fitted to it
+SCALED = "scaled-"  # as FITTED, but only a scale for every layer and plugin is fitted; for tasks that are asked for
 ADAPTED = "adapted-"  # as FITTED, but one set a task, distilled on the backbone; only for tasks that are asked for
 EACH = "each"  # as source_r of the distillation: a plugin set for each degree that checkpoints are trained at
 MIX = "distillation_mix"  # in a configuration: distil on images of `mix.py` instead of collages
@@ -208,6 +210,22 @@ def fit(config: dict, root: Path, task: str, source_r: int, seed: int) -> None:
     )
 
 
+def scale(config: dict, root: Path, task: str, source_r: int, seed: int) -> None:
+    """The plugin set with a scale for every layer and plugin, fitted to one checkpoint on the images that other runs
+    pick one scale on, without their labels."""
+    folder = plugins_folder(root, task, source_r, seed)
+    if (folder / CONFIG_NAME).exists():
+        return
+    run(
+        "fit_scales.py",
+        model_name_or_path=checkpoint(root, task, source_r, seed),
+        plugins=plugins_folder(root, checkpoint_name(task), source_r, seed),
+        dataset_name=data_folder(root, task) / "validation.parquet",
+        output_dir=folder,
+        **config["scale_fitting"],
+    )
+
+
 def evaluate(config: dict, root: Path, task: str, source_r: int, seed: int) -> None:
     """One row of the grid. Rows are joined by `tabulate`, from what every checkpoint made of every image."""
     folder = grid(root, task, source_r, seed)
@@ -344,7 +362,7 @@ def change_line(task: str, cell: Cell) -> str:
 
 def group_name(task: str) -> str:
     name = "heads" if checkpoint_name(task).startswith(LINEAR) else "fine-tuned"
-    plugins = {FITTED: ", fitted plugins", ADAPTED: ", adapted plugins"}
+    plugins = {FITTED: ", fitted plugins", SCALED: ", fitted scales", ADAPTED: ", adapted plugins"}
     return name + next((text for prefix, text in plugins.items() if task.startswith(prefix)), "")
 
 
@@ -365,7 +383,7 @@ def mean(values) -> float:
 
 def checkpoint_name(task: str) -> str:
     """The task without what says which plugins its checkpoints get."""
-    return task.removeprefix(FITTED).removeprefix(ADAPTED)
+    return task.removeprefix(FITTED).removeprefix(SCALED).removeprefix(ADAPTED)
 
 
 def data_folder(root: Path, task: str) -> Path:
@@ -377,8 +395,9 @@ def checkpoint(root: Path, task: str, source_r: int, seed: int) -> Path:
 
 
 def plugins_folder(root: Path, task: str, source_r: int, seed: int) -> Path:
-    if task.startswith(FITTED):
-        return root / "fitted" / checkpoint_name(task) / f"r{source_r}-seed{seed}"
+    for prefix, folder in ((FITTED, "fitted"), (SCALED, "scaled")):
+        if task.startswith(prefix):
+            return root / folder / checkpoint_name(task) / f"r{source_r}-seed{seed}"
     if task.startswith(ADAPTED):
         return root / "adapted" / data_folder(root, task).name
     own = root / "plugins" / f"r{source_r}"
@@ -425,6 +444,8 @@ def main() -> None:
                     finetune(config, root, task, source_r, seed)
                 if "fit" in args.stages and task.startswith(FITTED):
                     fit(config, root, task, source_r, seed)
+                if "fit" in args.stages and task.startswith(SCALED):
+                    scale(config, root, task, source_r, seed)
                 if "fit" in args.stages and task.startswith(ADAPTED):
                     adapt(config, root, task)
                 if "evaluate" in args.stages:

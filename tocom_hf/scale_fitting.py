@@ -1,0 +1,218 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""A scale for every layer and plugin instead of one for all, fitted to a checkpoint on a few images without labels."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from .architectures import find_backbone
+from .composition import Adapter, Factors, chain, require_in_range
+from .config import BackboneFacts
+from .devices import describe_device
+from .errors import ArgumentError, DatasetError, DistillationError
+from .evaluation import plain_merging
+from .modeling import TocomModel
+from .objectives import Objective, find_objective
+from .plugins import PluginSet
+
+
+def fit_scales(
+    model: TocomModel,
+    images: Dataset,
+    *,
+    target_r: int | Sequence[int] | None = None,
+    max_steps: int = 400,
+    batch_size: int = 64,
+    learning_rate: float = 0.1,
+    seed: int = 0,
+) -> PluginSet:
+    """Fit a scale for every layer and plugin to one checkpoint, on a few hundred images without labels.
+
+    One factor s stands in front of all plugins (ToCom, eq. 4 and 5). But fine-tuning moves some layers further from the
+    backbone that the plugins were distilled on than others. Here each product `B_i A_i` of each linear layer gets a
+    factor of its own: `W' = W + sign * s * sum_i g_i B_i A_i`, where all `g_i` start at one. They are trained as the
+    plugins were, by self-distillation (eq. 6): the teacher is the checkpoint at `source_r`, the student the same one
+    with the chain at another degree, the loss that of `pick_scale`. The plugins stay what they are; a few hundred
+    numbers are learnt, for which a few hundred images and a minute are enough, where `distill` trains all of the set.
+
+    Args:
+        model: A model with plugins, in full precision for best results. It is left as it was, but must not run
+            elsewhere meanwhile.
+        images: Samples with finished `pixel_values`, float `(channels, height, width)`, of the task that the checkpoint
+            serves; labels are not looked at.
+        target_r: The degree or degrees that the checkpoint will run at; by default all that the set covers. Plugins
+            that no chain to them has keep their scale.
+        max_steps: How many steps to train, each on one batch and one degree; the degrees take turns.
+        batch_size: Images of a step; of fewer images, all of them.
+        learning_rate: Adam's for the factors `g`, falling to zero along a cosine.
+        seed: Decides batches and the order of degrees.
+
+    Returns:
+        A plugin set for weights trained at `source_r`, with the factors in `lora_B`; it recommends the scale that the
+        model had. To use it: `TocomModel.from_pretrained(model, plugins=fitted, target_r=...)`.
+
+    Raises:
+        DatasetError: if there are no images.
+        DegreeError: if a degree is outside the plugin set.
+        ArgumentError: if the model has no plugins, no degree differs from its `source_r`, or a number is out of range.
+        PluginFileError: if a plugin cannot be read.
+        DistillationError: if the loss becomes infinite or NaN.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from tocom_hf import TocomModel, fit_scales
+    >>> model = TocomModel.from_pretrained(
+    ...     "examples/fashion_mnist/checkpoint", plugins="hub_cards/tocom-vit-fashion-mnist"
+    ... )
+    >>> images = [{"pixel_values": torch.rand(3, 28, 28)} for _ in range(4)]
+    >>> fit_scales(model, images, max_steps=1)
+    PluginSet(base_model='examples/fashion_mnist/checkpoint', source_r=0, r=0..8, rank=2, scale=0.08)
+
+    ```
+    """
+    for name, value in (("max_steps", max_steps), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ArgumentError(f"{name} must be a positive integer, got {value!r}.")
+    if not isinstance(learning_rate, int | float) or not 0 < learning_rate < math.inf:
+        raise ArgumentError(f"learning_rate must be a positive number, got {learning_rate!r}.")
+    plugins = getattr(model, "plugins", None)  # of a model that is no TocomModel there are none
+    if plugins is None:
+        raise ArgumentError("The model has no plugins, so there are no scales to fit.")
+    source_r, targets = model.source_r, _targets(plugins, model.source_r, target_r)
+    if len(images) == 0:  # type: ignore[arg-type]
+        raise DatasetError("There are no images to fit scales by.")
+    # what is wrong with the set is an error before the first forward pass
+    scale = plugins.compose(source_r, targets[0], model.config.tocom["scale"]).scale
+    if not scale:
+        raise ArgumentError("At scale 0 plugins have no effect, so there are no scales to fit. Set another one first.")
+
+    device, objective = next(model.parameters()).device, find_objective("auto", model)
+    adapters = [plugins.adapter(i) for i in range(plugins.config.min_r, plugins.config.max_r)]
+    generator = torch.Generator().manual_seed(seed)
+    size = min(batch_size, len(images))  # type: ignore[arg-type]
+    sampler = RandomSampler(images, num_samples=max_steps * size, generator=generator)  # type: ignore[arg-type]
+    # given a generator, it leaves torch's own alone
+    loader = DataLoader(images, batch_size=size, sampler=sampler, generator=generator)
+    with ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        model.eval()
+        stack.enter_context(model.at(source_r))
+        facts = BackboneFacts.of(find_backbone(model))
+        student = _Student(model, objective, adapters, plugins.config.min_r, scale)
+        optimizer = torch.optim.Adam([student.factors], lr=learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_steps)
+        order: list[int] = []
+        for step, batch in enumerate(loader):
+            order = order or [targets[i] for i in torch.randperm(len(targets), generator=generator).tolist()]
+            loss = student.loss(batch["pixel_values"].to(device), order.pop())
+            if not math.isfinite(loss.item()):
+                raise DistillationError(
+                    f"The divergence of step {step} is {loss.item()}. Look for images that are not finite, or lower "
+                    f"learning_rate={learning_rate:g}."
+                )
+            (student.factors.grad,) = torch.autograd.grad(loss, [student.factors])
+            optimizer.step()
+            schedule.step()
+    config = dataclasses.replace(
+        plugins.config,
+        backbone=facts,
+        base_model=model.name_or_path or plugins.config.base_model,
+        base_model_revision=getattr(model.config, "_commit_hash", None),
+        source_r=source_r,
+        recommended_scale=scale,
+        evaluation=[],
+        training={
+            "fitted": "one scale for every layer and plugin",
+            "objective": objective.name,
+            "target_r": targets,
+            "num_images": len(images),  # type: ignore[arg-type]
+            "max_steps": max_steps,
+            "batch_size": size,
+            "learning_rate": learning_rate,
+            "seed": seed,
+            "hardware": describe_device(device),
+            "init_plugins": plugins.config.origin(),
+        },
+    )
+    return PluginSet(config, dict(enumerate(student.adapters(adapters), plugins.config.min_r)))
+
+
+def _targets(plugins: PluginSet, source_r: int, target_r: int | Sequence[int] | None) -> list[int]:
+    config = plugins.config
+    wanted: Any = range(config.min_r, config.max_r + 1) if target_r is None else target_r
+    wanted = wanted if isinstance(wanted, Sequence) else [wanted]
+    degrees = dict.fromkeys(require_in_range(degree, "target_r", config.min_r, config.max_r) for degree in wanted)
+    targets = [degree for degree in degrees if degree != source_r]
+    if not degrees:
+        raise ArgumentError("There is no degree to fit scales for. Leave target_r away to fit them for all of the set.")
+    if not targets:
+        raise ArgumentError(f"The model was trained at target_r={source_r}, so there are no scales to fit.")
+    return targets
+
+
+class _Student(nn.Module):
+    """A model whose weights are composed with a factor for every layer and plugin.
+
+    Args:
+        model: It runs at its source degree.
+        objective: What to compare.
+        adapters: All plugins of the set.
+        min_r: The index of the first of them.
+        scale: The factor in front of all.
+    """
+
+    def __init__(self, model: TocomModel, objective: Objective, adapters: list[Adapter], min_r: int, scale: float):
+        super().__init__()
+        self.model, self.objective, self.min_r, self.scale = model, objective, min_r, scale
+        backbone = find_backbone(model)
+        prefix = f"model.{backbone.path}." if backbone.path else "model."
+        self.rank = next(iter(adapters[0].values())).lora_A.shape[0]
+        self.stacked: dict[str, tuple[torch.Tensor, Factors]] = {}
+        for path in adapters[0]:
+            weight = cast(nn.Linear, backbone.module.get_submodule(path)).weight.detach()
+            lora_A = torch.cat([adapter[path].lora_A for adapter in adapters], dim=0).to(weight.device)
+            lora_B = torch.cat([adapter[path].lora_B for adapter in adapters], dim=1).to(weight.device)
+            self.stacked[f"{prefix}{path}.weight"] = (weight, Factors(lora_A, lora_B))
+        # a row for each layer, a column for each plugin
+        self.factors = torch.ones(len(self.stacked), len(adapters), device=weight.device, requires_grad=True)
+
+    def forward(self, pixel_values: torch.Tensor) -> Any:
+        return self.objective.outputs(self.model, pixel_values)
+
+    def loss(self, pixel_values: torch.Tensor, target_r: int) -> torch.Tensor:
+        """How far the student at `target_r` is from the model at its source degree (ToCom, eq. 6)."""
+        with torch.no_grad():
+            teacher = self(pixel_values)
+        with plain_merging(self.model, target_r):
+            return self.objective.loss(teacher, functional_call(self, self._composed(target_r), (pixel_values,)))
+
+    def adapters(self, originals: list[Adapter]) -> list[Adapter]:
+        """The plugins with their factors in `lora_B`, on the CPU."""
+        factors = self.factors.detach().cpu()
+        return [
+            {
+                path: Factors(lora_A.clone(), lora_B * factors[row, i])
+                for row, (path, (lora_A, lora_B)) in enumerate(adapter.items())
+            }
+            for i, adapter in enumerate(originals)
+        ]
+
+    def _composed(self, target_r: int) -> dict[str, torch.Tensor]:
+        indices, sign = chain(self.model.source_r, target_r)
+        plugins = slice(indices.start - self.min_r, indices.stop - self.min_r)
+        columns = slice(plugins.start * self.rank, plugins.stop * self.rank)
+        weights = {}
+        for row, (name, (weight, (lora_A, lora_B))) in enumerate(self.stacked.items()):
+            factors = self.factors[row, plugins].repeat_interleave(self.rank)
+            change = (lora_B[:, columns] * factors) @ lora_A[columns]
+            weights[name] = torch.add(weight, change, alpha=sign * self.scale).to(weight.dtype)
+        return weights
