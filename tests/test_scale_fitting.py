@@ -119,7 +119,8 @@ def test_the_set_is_for_its_source_degree_and_survives_a_round_trip(tocom, image
 
 def test_the_model_is_left_as_it_was(tocom, images):
     before, plugins, state = copy.deepcopy(tocom.train().state_dict()), tocom.plugins, torch.get_rng_state()
-    fit_scales(tocom, images, max_steps=2)
+    with torch.no_grad():
+        fit_scales(tocom, images, max_steps=2)
     with pytest.raises(DistillationError, match="divergence of step 0 is nan"):
         fit_scales(tocom, [{"pixel_values": torch.full((3, 32, 32), torch.nan)}])
     assert (tocom.target_r, tocom.training, tocom.plugins) == (1, True, plugins)
@@ -137,6 +138,13 @@ def test_labels_play_no_part_and_the_seed_decides(tocom, images):
 
     assert torch.equal(factors(0), factors(0, labels=3))
     assert not torch.equal(factors(0), factors(1))
+
+
+def test_a_set_that_does_not_begin_at_zero(model, images):
+    plugins = make_plugins(model, min_r=1)
+    fitted = fit_scales(TocomModel.from_pretrained(model, plugins=plugins, source_r=3), images, target_r=1, max_steps=2)
+    path = next(iter(plugins.adapter(1)))
+    assert [factor(fitted, plugins, index, path) == 1 for index in range(1, 6)] == [False, False, True, True, True]
 
 
 def test_half_precision_models_are_fitted_in_float32_factors(plugins, images):

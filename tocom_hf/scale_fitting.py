@@ -103,6 +103,7 @@ def fit_scales(
     # given a generator, it leaves torch's own alone
     loader = DataLoader(images, batch_size=size, sampler=sampler, generator=generator)
     with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
         stack.callback(model.train, model.training)
         model.eval()
         stack.enter_context(model.at(source_r))
