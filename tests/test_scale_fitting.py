@@ -2,13 +2,14 @@
 """Scales are fitted by gradients that finite differences agree with, to the chain that is used, and to nothing else."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model, make_plugins
 from peft import PeftModel
 from test_grid import divergence_from_source
-from transformers import Dinov2Config, Dinov2Model
+from transformers import AutoImageProcessor, Dinov2Config, Dinov2Model
 
 from tocom_hf import (
     ArgumentError,
@@ -18,8 +19,13 @@ from tocom_hf import (
     PluginSet,
     TocomModel,
     fit_scales,
+    load_images,
+    with_pixel_values,
 )
 from tocom_hf.composition import Factors
+
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -187,3 +193,15 @@ def test_without_plugins_or_effect_there_is_nothing_to_fit(plugins, images):
             fit_scales(model, images)
     with pytest.raises(ArgumentError, match="At scale 0"):
         fit_scales(TocomModel.from_pretrained(make_model(), plugins=plugins, source_r=0, scale=0), images)
+
+
+def test_scales_of_the_embedded_checkpoint_serve_images_that_they_were_not_fitted_on():
+    checkpoint = ROOT / "examples" / "digits" / "checkpoint"
+    found = load_images(str(ROOT / "examples" / "digits" / "test.parquet"), split="test[:300]")
+    found = with_pixel_values(found, AutoImageProcessor.from_pretrained(checkpoint))
+    images = [found[i] for i in range(300)]
+    tocom = TocomModel.from_pretrained(checkpoint, plugins=ROOT / "hub_cards" / "tocom-vit-mix")
+    before = divergence_from_source(tocom, 8, 0.1, images[100:])
+    fitted = fit_scales(tocom, images[:100], target_r=8, max_steps=20, batch_size=50)
+    tocom = TocomModel.from_pretrained(tocom, plugins=fitted)
+    assert divergence_from_source(tocom, 8, 0.1, images[100:]) < 0.8 * before
