@@ -18,7 +18,7 @@ def clone(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(5))
 def test_the_first_code_blocks_run_as_they_stand(clone, index):
     exec(compile(BLOCKS[index], f"README.md block {index}", "exec"), {})
 
