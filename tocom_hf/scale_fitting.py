@@ -40,7 +40,7 @@ def fit_scales(
     factor of its own: `W' = W + sign * s * sum_i g_i B_i A_i`, where all `g_i` start at one. They are trained as the
     plugins were, by self-distillation (eq. 6): the teacher is the checkpoint at `source_r`, the student the same one
     with the chain at another degree, the loss that of `pick_scale`. The plugins stay what they are; a few hundred
-    numbers are learnt, for which a few hundred images and a minute are enough, where `distill` trains all of the set.
+    numbers are learnt, for which a few hundred images are enough, where `distill` trains all of the set.
 
     Args:
         model: A model with plugins, in full precision for best results. It is left as it was, but must not run
