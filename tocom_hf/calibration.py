@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .architectures import Backbone, find_backbone
 from .budget import Budget
-from .devices import describe_device, synchronize
+from .devices import describe_device, evaluation_mode, synchronize
 from .errors import ArgumentError, BudgetError, CalibrationError, DegreeError
 from .flops import Example, count, count_flops
 from .merging import require_degree
@@ -288,8 +288,7 @@ def calibrate(
             return known
         logger.warning(f"{cache_file} was made under other settings, so it is measured anew and replaced.")
     with contextlib.ExitStack() as stack:
-        stack.callback(_restore_modes, [(module, module.training) for module in model.modules()])
-        model.eval()
+        stack.enter_context(evaluation_mode(model))
         if target != before:
             stack.callback(model.to, before)  # type: ignore[arg-type]
             model.to(target)  # type: ignore[arg-type]
@@ -388,8 +387,3 @@ def _shape_of(backbone: Backbone) -> str:
 
 def _times(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _restore_modes(modes: list[tuple[torch.nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training

@@ -1,10 +1,13 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""Names of devices for people, and waiting for what a device still has to do."""
+"""Names of devices for people, waiting for them, and running a model in evaluation mode for a while."""
 
+import contextlib
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 
 def describe_device(device: torch.device | str) -> str:
@@ -31,3 +34,25 @@ def synchronize(device: torch.device) -> None:
     """Wait until an accelerator has finished; a CPU has, when a call returns."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Put a model in evaluation mode for the length of a `with` block.
+
+    Afterwards every part of it is in the mode that it was in: a layer that its owner froze in evaluation mode stays so
+    in a model that trains, which `model.train()` would undo.
+
+    Args:
+        model: Any module, with parts in training and evaluation mode.
+
+    Yields:
+        The same module.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training

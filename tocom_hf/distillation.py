@@ -24,7 +24,7 @@ from .architectures import Backbone, find_backbone
 from .arguments import PRESETS, DistillationArguments
 from .composition import Adapter, Factors
 from .config import BackboneFacts, PluginSetConfig
-from .devices import describe_device
+from .devices import describe_device, evaluation_mode
 from .errors import ArgumentError, DatasetError, DegreeError, UnsupportedModelError
 from .objectives import Objective, find_objective
 from .patching import apply_tome, get_schedule, remove_tome
@@ -259,26 +259,24 @@ def _prepared(
     model: PreTrainedModel, backbone: Backbone, args: DistillationArguments, target_modules: Iterable[str] | None
 ) -> Iterator[PluginChain]:
     """Freeze a model and install the branches of a chain for the length of a `with` block."""
-    modes = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     checkpointing = model.is_activation_checkpointing
-    plugin_chain = PluginChain(backbone, args.max_r, args.rank, args.scale, args.lora_dropout, target_modules)
-    try:
-        model.eval().requires_grad_(False)
-        if args.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-            for layer in backbone.layers:
-                layer.training = True  # which is when it recomputes; what is inside stays in evaluation mode
-        yield plugin_chain
-    finally:
-        if args.gradient_checkpointing and not checkpointing:
-            model.activation_checkpointing_disable()
-        plugin_chain.remove(backbone)
-        remove_tome(model)
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, required in requires_grad.items():
-            parameter.requires_grad_(required)
+    with evaluation_mode(model):
+        plugin_chain = PluginChain(backbone, args.max_r, args.rank, args.scale, args.lora_dropout, target_modules)
+        try:
+            model.requires_grad_(False)
+            if args.gradient_checkpointing:
+                model.activation_checkpointing_enable({"use_reentrant": False})
+                for layer in backbone.layers:
+                    layer.training = True  # which is when it recomputes; what is inside stays in evaluation mode
+            yield plugin_chain
+        finally:
+            if args.gradient_checkpointing and not checkpointing:
+                model.activation_checkpointing_disable()
+            plugin_chain.remove(backbone)
+            remove_tome(model)
+            for parameter, required in requires_grad.items():
+                parameter.requires_grad_(required)
 
 
 def _count_steps(dataset: Any, args: DistillationArguments, global_batch: int) -> int:

@@ -4,14 +4,14 @@
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .architectures import find_backbone
-from .devices import synchronize
+from .devices import evaluation_mode, synchronize
 from .errors import DatasetError
 from .merging import tokens_per_layer
 from .modeling import TocomModel
@@ -144,9 +144,7 @@ def evaluate_degrees(
     loader = DataLoader(dataset, batch_size=batch_size)
     backbone = find_backbone(model)
     pixel_values = next(iter(loader))["pixel_values"].to(next(model.parameters()).device)
-    with ExitStack() as stack:
-        stack.callback(model.train, model.training)
-        model.eval()
+    with evaluation_mode(model):
         speed = throughput(model, sorted({0, *degrees}), pixel_values)  # 0 comes first
         results = []
         for degree in degrees:

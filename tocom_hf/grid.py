@@ -9,7 +9,6 @@ looked at for it.
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
+from .devices import evaluation_mode
 from .errors import ArgumentError, DatasetError
 from .evaluation import plain_merging
 from .modeling import TocomModel
@@ -161,9 +161,8 @@ def evaluate_checkpoint(
         kind: accelerator.prepare_data_loader(DataLoader(data, batch_size=batch_size, **reading)) for kind, data in sets
     }
     runs = []
-    with ExitStack() as stack:
-        stack.callback(model.train, model.training)
-        model.eval().to(accelerator.device)
+    with evaluation_mode(model):
+        model.to(accelerator.device)  # type: ignore[arg-type]
         if validation is not None and model.plugins is not None:
             with model.at(model.source_r):
                 teacher, _ = _predict(model, loaders["validation"], accelerator)

@@ -4,7 +4,6 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from .architectures import find_backbone
 from .composition import Adapter, Factors, chain, require_in_range
 from .config import BackboneFacts
-from .devices import describe_device
+from .devices import describe_device, evaluation_mode
 from .errors import ArgumentError, DatasetError, DistillationError
 from .evaluation import plain_merging
 from .modeling import TocomModel
@@ -102,11 +101,7 @@ def fit_scales(
     sampler = RandomSampler(images, num_samples=max_steps * size, generator=generator)  # type: ignore[arg-type]
     # given a generator, it leaves torch's own alone
     loader = DataLoader(images, batch_size=size, sampler=sampler, generator=generator)
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        stack.callback(model.train, model.training)
-        model.eval()
-        stack.enter_context(model.at(source_r))
+    with evaluation_mode(model), model.at(source_r), torch.enable_grad():
         facts = BackboneFacts.of(find_backbone(model))
         student = _Student(model, objective, adapters, plugins.config.min_r, scale)
         optimizer = torch.optim.Adam([student.factors], lr=learning_rate)

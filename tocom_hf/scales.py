@@ -3,12 +3,12 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .composition import require_scale
+from .devices import evaluation_mode
 from .errors import ArgumentError, DatasetError
 from .modeling import TocomModel
 from .objectives import find_objective
@@ -81,9 +81,7 @@ def pick_scale(
         loader = DataLoader(images, batch_size=batch_size)
         return torch.cat([objective.outputs(model, batch["pixel_values"].to(device)).cpu() for batch in loader])
 
-    with ExitStack() as stack:
-        stack.callback(model.train, model.training)
-        model.eval()
+    with evaluation_mode(model):
         with model.at(model.source_r):
             teacher = outputs()
         divergences = {}
