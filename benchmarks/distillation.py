@@ -27,10 +27,10 @@ from reference_tome import layer_forward
 from torch import nn
 
 from tocom_hf import apply_tome
-from tocom_hf.architectures import find_backbone
 from tocom_hf.devices import describe_device, synchronize
 from tocom_hf.distillation import SelfDistiller
 from tocom_hf.keyed_random import image_keys
+from tocom_hf.merging.architectures import find_backbone
 from tocom_hf.objectives import OBJECTIVES
 from tocom_hf.plugin_chain import PluginChain
 from tocom_hf.sampling import uniform

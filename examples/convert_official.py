@@ -30,9 +30,9 @@ from transformers import (
 )
 
 from tocom_hf import PluginFileError, PluginSet, TocomError
-from tocom_hf.architectures import find_backbone
 from tocom_hf.composition import Factors, require_scale
 from tocom_hf.config import BackboneFacts, PluginSetConfig
+from tocom_hf.merging.architectures import find_backbone
 from tocom_hf.plugins import plugin_name
 
 

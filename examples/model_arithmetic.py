@@ -20,9 +20,9 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from tocom_hf import ArgumentError, TocomModel
-from tocom_hf.architectures import find_backbone
 from tocom_hf.data import with_pixel_values
 from tocom_hf.grid import estimate, evaluate_checkpoint
+from tocom_hf.merging.architectures import find_backbone
 from tocom_hf.tasks import load_labelled
 
 

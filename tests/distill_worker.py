@@ -15,9 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import ViTImageProcessorPil
 
-from tocom_hf.architectures import find_backbone
 from tocom_hf.data import TrainingImages, load_images
 from tocom_hf.distillation import DistillationArguments, distill
+from tocom_hf.merging.architectures import find_backbone
 
 
 class ShardingAccelerator(Accelerator):

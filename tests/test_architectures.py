@@ -13,8 +13,8 @@ from families import FAMILIES
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from tocom_hf import UnsupportedModelError, apply_tome, remove_tome
-from tocom_hf.architectures import find_backbone
-from tocom_hf.patching import get_schedule
+from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.patching import get_schedule
 
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES, ids=str)

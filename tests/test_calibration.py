@@ -22,7 +22,7 @@ from tocom_hf import (
     calibrate,
     count_flops,
 )
-from tocom_hf.patching import get_schedule
+from tocom_hf.merging.patching import get_schedule
 
 
 def quick(model, **arguments):

@@ -22,8 +22,8 @@ from tocom_hf import (
     UnsupportedModelError,
     apply_tome,
 )
-from tocom_hf.architectures import find_backbone
 from tocom_hf.distillation import DistillationArguments, SelfDistiller, distill
+from tocom_hf.merging.architectures import find_backbone
 from tocom_hf.objectives import OBJECTIVES
 from tocom_hf.plugin_chain import PluginChain
 

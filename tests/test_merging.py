@@ -6,16 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tocom_hf import DegreeError
-from tocom_hf.merging import (
-    clamp_r,
-    extend_heads,
-    match_tokens,
-    merge_tokens,
-    plan_merge,
-    proportional_bias,
-    resolve_schedule,
-    tokens_per_layer,
-)
+from tocom_hf.merging.schedule import clamp_r, resolve_schedule, tokens_per_layer
+from tocom_hf.merging.tokens import extend_heads, match_tokens, merge_tokens, plan_merge, proportional_bias
 
 
 def merge_twice(metric, hidden_states, r, protected):

@@ -29,8 +29,8 @@ from tocom_hf import (
     apply_tome,
     remove_tome,
 )
-from tocom_hf.architectures import find_backbone
-from tocom_hf.patching import merging_at
+from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.patching import merging_at
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tocom_hf import (
     apply_tome,
     remove_tome,
 )
-from tocom_hf.patching import get_schedule
+from tocom_hf.merging.patching import get_schedule
 
 
 def test_without_proportional_attention(model, pixel_values):

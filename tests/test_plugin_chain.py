@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import make_model
 
-from tocom_hf.architectures import find_backbone
 from tocom_hf.keyed_random import image_keys
+from tocom_hf.merging.architectures import find_backbone
 from tocom_hf.plugin_chain import PluginChain
 
 

@@ -20,9 +20,9 @@ from tocom_hf import (
     save_composite,
 )
 from tocom_hf.adapters import write_adapter
-from tocom_hf.architectures import find_backbone
 from tocom_hf.composition import Factors
 from tocom_hf.folders import write_folder
+from tocom_hf.merging.architectures import find_backbone
 
 
 @pytest.fixture

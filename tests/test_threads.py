@@ -12,7 +12,7 @@ from conftest import make_model, make_plugins
 
 from tocom_hf import TocomModel, modeling
 from tocom_hf.locks import ReadersWriterLock
-from tocom_hf.patching import set_merging
+from tocom_hf.merging.patching import set_merging
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ from transformers import (
 from transformers.utils import logging
 
 from tocom_hf import PluginSet, TocomModel, UnsupportedModelError, apply_tome
-from tocom_hf.architectures import find_backbone
-from tocom_hf.patching import get_schedule
+from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.patching import get_schedule
 
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})

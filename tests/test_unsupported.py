@@ -5,7 +5,7 @@ import transformers as hf
 from families import COMMON, clip, dino
 
 from tocom_hf import UnsupportedModelError, apply_tome
-from tocom_hf.architectures import REASONS
+from tocom_hf.merging.architectures import REASONS
 
 
 def tiny_swin():

@@ -7,6 +7,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tocom_hf.merging.patching import apply_tome, remove_tome, trace_tokens
+
 from .calibration import Calibration, DegreeCost, calibrate
 from .errors import (
     ArgumentError,
@@ -27,7 +29,6 @@ from .errors import (
 )
 from .flops import count_flops
 from .modeling import TocomModel
-from .patching import apply_tome, remove_tome, trace_tokens
 from .plugins import PluginSet, save_composite
 from .version import __version__
 

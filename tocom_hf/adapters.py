@@ -9,7 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .architectures import Architecture
+from tocom_hf.merging.architectures import Architecture
+
 from .composition import Adapter, Factors
 from .config import CONFIG_NAME, PluginSetConfig
 from .errors import PluginFileError

@@ -4,10 +4,11 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tocom_hf.merging.schedule import require_degree
+
 from .augmentation import Augmentation
 from .composition import require_scale
 from .errors import ArgumentError, DegreeError
-from .merging import require_degree
 from .objectives import OBJECTIVES
 from .sampling import find_sampler
 

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 
+from tocom_hf.merging.schedule import require_degree
+
 from .devices import float64_device
 from .errors import DegreeError
-from .merging import require_degree
 
 
 class Factors(NamedTuple):

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from .architectures import ARCHITECTURES, Backbone, projection_paths, unsupported
+from tocom_hf.merging.architectures import ARCHITECTURES, Backbone, projection_paths, unsupported
+
 from .errors import BackboneMismatchError, PluginFileError
 from .files import read_json
 from .version import __version__

@@ -19,15 +19,16 @@ from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.patching import apply_tome, get_schedule, remove_tome
+
 from .agreement import format_grid
-from .architectures import Backbone, find_backbone
 from .arguments import PRESETS, DistillationArguments
 from .composition import Adapter, Factors
 from .config import BackboneFacts, PluginSetConfig
 from .devices import describe_device, evaluation_mode
 from .errors import ArgumentError, DatasetError, DegreeError, UnsupportedModelError
 from .objectives import Objective, find_objective
-from .patching import apply_tome, get_schedule, remove_tome
 from .plugin_chain import PluginChain
 from .plugins import PluginSet
 from .training import Training

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .architectures import find_backbone
+from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.patching import merging_at
+from tocom_hf.merging.schedule import tokens_per_layer
+
 from .devices import evaluation_mode, synchronize
 from .errors import DatasetError
-from .merging import tokens_per_layer
 from .modeling import TocomModel
-from .patching import merging_at
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .architectures import Backbone
+from tocom_hf.merging.architectures import Backbone
+from tocom_hf.merging.schedule import require_degree
+
 from .composition import Composite
 from .errors import ComposedWeightsError, DegreeError, UnsupportedModelError
-from .merging import require_degree
 from .plugins import PluginSet
 
 

@@ -9,12 +9,13 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .architectures import supported_types, unsupported
+from tocom_hf.merging.architectures import supported_types, unsupported
+from tocom_hf.merging.schedule import require_degree
+
 from .checkpoints import Checkpoint
 from .composition import require_scale
 from .errors import ArgumentError, DegreeError, PluginFileError, UnsupportedModelError
 from .folders import retry_while_saved
-from .merging import require_degree
 from .plugins import PluginSet
 
 

@@ -13,7 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .architectures import find_backbone
+from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.patching import get_schedule, set_merging, unset_merging
+
 from .budget import Budget
 from .calibration import Calibration, choose_degree
 from .cards import CARD_NAME, checkpoint_card
@@ -25,7 +27,6 @@ from .folding import TocomState, compose, composed, copy_weights, live_weights, 
 from .hub import PUSH_ARGUMENTS, upload_folder
 from .loading import PLUGINS_FOLDER, load
 from .locks import ReadersWriterLock, SwitchLock
-from .patching import get_schedule, set_merging, unset_merging
 from .plugins import PLUGIN_FILES, PluginSet
 
 

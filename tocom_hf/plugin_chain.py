@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .architectures import Backbone
+from tocom_hf.merging.architectures import Backbone
+
 from .composition import Adapter, Factors, chain
 from .keyed_random import fold, keep_mask
 

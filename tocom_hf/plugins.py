@@ -8,8 +8,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from tocom_hf.merging.architectures import Backbone
+
 from .adapters import read_adapter, write_adapter
-from .architectures import Backbone
 from .cards import AGREEMENT_FIGURE, CARD_NAME, plugin_set_card
 from .composition import Adapter, Composite, chain, compose, require_in_range, require_scale
 from .config import CONFIG_NAME, PluginSetConfig

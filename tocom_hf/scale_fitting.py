@@ -11,7 +11,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from .architectures import find_backbone
+from tocom_hf.merging.architectures import find_backbone
+
 from .composition import Adapter, Factors, chain, require_in_range
 from .config import BackboneFacts
 from .devices import describe_device, evaluation_mode

@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .architectures import Architecture
-from .errors import UnsupportedModelError
-from .merging import (
+from tocom_hf.errors import UnsupportedModelError
+from tocom_hf.merging.architectures import Architecture
+from tocom_hf.merging.schedule import clamp_r
+from tocom_hf.merging.tokens import (
     MergePlan,
-    clamp_r,
     extend_heads,
     follow_tokens,
     match_tokens,

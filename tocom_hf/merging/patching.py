@@ -15,11 +15,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architectures import Backbone, find_backbone
-from .errors import ArgumentError, DegreeError, UnsupportedInputError, UnsupportedModelError
-from .inputs import ascending_noise
-from .layers import LayerPart, MergeSettings, Merging, MergingAttention, MergingLayer, TokenState, merging_class
-from .merging import Schedule, output_positions, resolve_schedule
+from tocom_hf.errors import ArgumentError, DegreeError, UnsupportedInputError, UnsupportedModelError
+from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.inputs import ascending_noise
+from tocom_hf.merging.layers import (
+    LayerPart,
+    MergeSettings,
+    Merging,
+    MergingAttention,
+    MergingLayer,
+    TokenState,
+    merging_class,
+)
+from tocom_hf.merging.schedule import Schedule, resolve_schedule
+from tocom_hf.merging.tokens import output_positions
 
 
 def apply_tome(

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
-from .errors import ArgumentError, UnsupportedModelError
+from tocom_hf.errors import ArgumentError, UnsupportedModelError
 
 
 @dataclass(frozen=True)

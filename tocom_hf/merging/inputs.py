@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .architectures import find_backbone
+from tocom_hf.merging.architectures import find_backbone
 
 
 def model_inputs(model: PreTrainedModel, pixel_values: torch.Tensor) -> dict[str, Any]:
