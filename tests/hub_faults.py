@@ -203,7 +203,7 @@ def _fail_a_rename(situation: Situation) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         replace(source, destination)
 
-    situation.monkeypatch.setattr("tocom_hf.folders.os.replace", fail)
+    situation.monkeypatch.setattr("tocom_hf.storage.transaction.os.replace", fail)
 
 
 def _overtake(situation: Situation) -> None:

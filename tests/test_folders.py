@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from tocom_hf import PluginFileError, PluginSet, TocomModel
 from tocom_hf.composition import Factors
-from tocom_hf.folders import FolderChangedError, find_snapshots, generation, retry_while_saved, write_folder
+from tocom_hf.storage.transaction import FolderChangedError, find_snapshots, generation, retry_while_saved, write_folder
 
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +76,7 @@ def test_a_failure_at_any_step_leaves_the_folder_as_it_was(folder, monkeypatch, 
         return call
 
     for name in calls:
-        monkeypatch.setattr(f"tocom_hf.folders.os.{name}", failing(name))
+        monkeypatch.setattr(f"tocom_hf.storage.transaction.os.{name}", failing(name))
     with pytest.raises(PluginFileError, match="No file has changed"):
         write_two(folder, replaces=[r"sub/\w+"])
     monkeypatch.undo()
@@ -94,14 +94,14 @@ def test_a_failed_first_save_leaves_no_folder(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from tocom_hf import folders
+from tocom_hf.storage import transaction
 replace, count = os.replace, iter(range(100))
 def killing(source, destination):
     if "new" in str(source) and next(count) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, destination)
-folders.os.replace = killing
-with folders.write_folder(sys.argv[1], replaces=[r"sub/\\w+"]) as fresh:
+transaction.os.replace = killing
+with transaction.write_folder(sys.argv[1], replaces=[r"sub/\\w+"]) as fresh:
     for name in ("a", "sub/c", "more/d"):
         (fresh / name).parent.mkdir(exist_ok=True)
         (fresh / name).write_text("two")

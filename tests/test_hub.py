@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoModelForImageClassification
 
 from tocom_hf import HubError, PluginFileError, PluginSet, TocomModel
-from tocom_hf.hub import upload_folder
+from tocom_hf.storage.upload import upload_folder
 
 
 ROOT = Path(__file__).parent.parent

@@ -21,8 +21,8 @@ from tocom_hf import (
 )
 from tocom_hf.adapters import write_adapter
 from tocom_hf.composition import Factors
-from tocom_hf.folders import write_folder
 from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.storage.transaction import write_folder
 
 
 @pytest.fixture

@@ -10,12 +10,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tocom_hf.merging.architectures import Architecture
+from tocom_hf.storage.repository import Repository, read_json, require_small_header
 
 from .composition import Adapter, Factors
 from .config import CONFIG_NAME, PluginSetConfig
 from .errors import PluginFileError
-from .files import Repository, read_json
-from .safetensors_files import require_small_header
 
 
 ADAPTER_CONFIG = "adapter_config.json"

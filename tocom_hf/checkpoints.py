@@ -9,10 +9,10 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from tocom_hf.storage.repository import DOWNLOAD_ARGUMENTS, Repository, read_json, require_small_header
+
 from .adapters import ADAPTER_CONFIG
 from .errors import ArgumentError, HubError, PluginFileError, UnsupportedModelError
-from .files import DOWNLOAD_ARGUMENTS, Repository, read_json
-from .safetensors_files import require_small_header
 
 
 # what a saved checkpoint consists of, so that nothing of an earlier one with other shards stays behind

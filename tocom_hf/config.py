@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from tocom_hf.merging.architectures import ARCHITECTURES, Backbone, projection_paths, unsupported
+from tocom_hf.storage.repository import read_json
 
 from .errors import BackboneMismatchError, PluginFileError
-from .files import read_json
 from .version import __version__
 
 

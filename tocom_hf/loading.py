@@ -11,11 +11,11 @@ from transformers.utils import logging
 
 from tocom_hf.merging.architectures import supported_types, unsupported
 from tocom_hf.merging.schedule import require_degree
+from tocom_hf.storage.transaction import retry_while_saved
 
 from .checkpoints import Checkpoint
 from .composition import require_scale
 from .errors import ArgumentError, DegreeError, PluginFileError, UnsupportedModelError
-from .folders import retry_while_saved
 from .plugins import PluginSet
 
 

@@ -15,6 +15,8 @@ from transformers.utils import logging
 
 from tocom_hf.merging.architectures import find_backbone
 from tocom_hf.merging.patching import get_schedule, set_merging, unset_merging
+from tocom_hf.storage.transaction import scratch_folder, write_folder
+from tocom_hf.storage.upload import PUSH_ARGUMENTS, upload_folder
 
 from .budget import Budget
 from .calibration import Calibration, choose_degree
@@ -22,9 +24,7 @@ from .cards import CARD_NAME, checkpoint_card
 from .checkpoints import CHECKPOINT_FILES
 from .composition import require_scale
 from .errors import BudgetError
-from .folders import scratch_folder, write_folder
 from .folding import TocomState, compose, composed, copy_weights, live_weights, verified_source_weights
-from .hub import PUSH_ARGUMENTS, upload_folder
 from .loading import PLUGINS_FOLDER, load
 from .locks import ReadersWriterLock, SwitchLock
 from .plugins import PLUGIN_FILES, PluginSet

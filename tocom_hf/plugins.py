@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tocom_hf.merging.architectures import Backbone
+from tocom_hf.storage.repository import Repository
+from tocom_hf.storage.transaction import retry_while_saved, scratch_folder, write_folder
+from tocom_hf.storage.upload import upload_folder
 
 from .adapters import read_adapter, write_adapter
 from .cards import AGREEMENT_FIGURE, CARD_NAME, plugin_set_card
 from .composition import Adapter, Composite, chain, compose, require_in_range, require_scale
 from .config import CONFIG_NAME, PluginSetConfig
 from .errors import DegreeError, PluginFileError
-from .files import Repository
-from .folders import retry_while_saved, scratch_folder, write_folder
-from .hub import upload_folder
 
 
 # what a saved set consists of, so that no plugin of an earlier, longer one stays behind

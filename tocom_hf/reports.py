@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from tocom_hf.storage.repository import read_json
+from tocom_hf.storage.transaction import write_folder
+
 from .evaluation import throughput
-from .files import read_json
 from .flops import count_flops
-from .folders import write_folder
 from .grid import Cell, CellRun, summarize
 from .modeling import TocomModel
 

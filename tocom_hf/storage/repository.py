@@ -5,19 +5,28 @@ import contextlib
 import hashlib
 import json
 import re
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from .errors import PluginFileError
-from .folders import FolderChangedError, find_snapshots, generation, require_inside, require_relative
-from .hub import translated_errors
+from tocom_hf.errors import PluginFileError
+from tocom_hf.storage.hub_errors import translated_errors
+from tocom_hf.storage.transaction import (
+    FolderChangedError,
+    find_snapshots,
+    generation,
+    require_inside,
+    require_relative,
+)
 
 
 MAX_JSON_BYTES = 16 * 2**20
 DOWNLOAD_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+_MAX_ENTRY = 512  # bytes of a header that describe one tensor, besides its name
+_METADATA = 65_536  # bytes of a header that may be metadata
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,33 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise PluginFileError(f"{path} must hold a JSON object, found {type(content).__name__}. {advice}")
     return content
+
+
+def require_small_header(path: Path, names: list[str] | None = None) -> None:
+    """Refuse a file whose header is longer than the file, or than the tensors in it can need.
+
+    The header is JSON and takes several times its length in memory, so its length is checked before it is parsed.
+
+    Args:
+        path: The safetensors file.
+        names: The tensors that it must hold, where they are known.
+
+    Raises:
+        PluginFileError: if the header is too long, or the file too short for one.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+    if len(start) < 8:
+        raise PluginFileError(f"{path} is truncated: it has {size} bytes. Download or copy it again.")
+    (length,) = struct.unpack("<Q", start)
+    if length > size - 8:
+        raise PluginFileError(
+            f"{path} is truncated or not a safetensors file: its header claims {length} bytes, "
+            f"the file has {size}. Download or copy it again."
+        )
+    if names is not None and length > _METADATA + sum(len(name) + _MAX_ENTRY for name in names):
+        raise PluginFileError(f"{path} has a header of {length} bytes, far more than its {len(names)} tensors need.")
 
 
 def _commit_of(path: Path) -> str | None:

@@ -23,7 +23,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from .errors import PluginFileError, TocomError
+from tocom_hf.errors import PluginFileError, TocomError
 
 
 T = TypeVar("T")
