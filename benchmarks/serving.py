@@ -32,7 +32,7 @@ import httpx
 import torch
 from transformers import AutoConfig
 
-from tocom_hf.data import load_images
+from tocom_hf.data.images import load_images
 from tocom_hf.devices import describe_device
 
 

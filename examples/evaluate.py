@@ -7,7 +7,7 @@ at the target reaches. The scale is picked on the validation split, by its label
     accelerate launch examples/evaluate.py --checkpoints cub-r0 cub-r8 cub-r16 --plugins tocom-deit-base \\
         --dataset_name cub-200 --target_r 0 8 16 --output_dir results/cub-200
 
-`--dataset_name` takes a name of `tocom_hf.tasks.TASKS` (cifar-100, cub-200, cars, dogs, flowers, vtab-1k/svhn, ...), a
+`--dataset_name` takes a name of `tocom_hf.data.tasks.TASKS` (cifar-100, cub-200, cars, dogs, flowers, vtab-1k/svhn, ...), a
 Hub name, a folder of images or of parquet files, or a parquet file.
 """
 
@@ -24,11 +24,11 @@ from transformers import AutoImageProcessor, PreTrainedConfig
 
 from tocom_hf import ArgumentError, DatasetError, PluginSet, TocomModel
 from tocom_hf.composition import require_scale
-from tocom_hf.data import with_pixel_values
+from tocom_hf.data.images import with_pixel_values
+from tocom_hf.data.tasks import load_labelled, require_disjoint
 from tocom_hf.grid import evaluate_checkpoint
 from tocom_hf.reports import Report, measure_costs
 from tocom_hf.scales import WIDE_SCALES
-from tocom_hf.tasks import load_labelled, require_disjoint
 
 
 def parse_args() -> argparse.Namespace:

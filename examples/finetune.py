@@ -28,15 +28,15 @@ from transformers import (
 )
 
 from tocom_hf import ArgumentError, TocomModel
-from tocom_hf.data import require_different_images, with_pixel_values
-from tocom_hf.tasks import load_labelled
+from tocom_hf.data.images import require_different_images, with_pixel_values
+from tocom_hf.data.tasks import load_labelled
 
 
 @dataclass
 class ScriptArguments:
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of the pre-trained model."})
     dataset_name: str = field(
-        metadata={"help": "Name in tocom_hf.tasks.TASKS, Hub name, folder of images or parquet, or a parquet file."}
+        metadata={"help": "Name in tocom_hf.data.tasks.TASKS, Hub name, folder of images or parquet, or a parquet file."}
     )
     source_r: int = field(default=0, metadata={"help": "Tokens merged in every layer during training."})
     lora_rank: int | None = field(

@@ -20,10 +20,10 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from tocom_hf import ArgumentError, TocomModel
-from tocom_hf.data import with_pixel_values
+from tocom_hf.data.images import with_pixel_values
+from tocom_hf.data.tasks import load_labelled
 from tocom_hf.grid import estimate, evaluate_checkpoint
 from tocom_hf.merging.architectures import find_backbone
-from tocom_hf.tasks import load_labelled
 
 
 def parse_args() -> argparse.Namespace:

@@ -11,7 +11,7 @@ import matplotlib
 from transformers import AutoImageProcessor
 
 from tocom_hf import TocomModel
-from tocom_hf.data import load_images, with_pixel_values
+from tocom_hf.data.images import load_images, with_pixel_values
 from tocom_hf.evaluation import DegreeResult, evaluate_degrees
 
 

@@ -36,7 +36,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from transformers import AutoImageProcessor
 
 from tocom_hf import TocomModel, calibrate
-from tocom_hf.data import to_rgb
+from tocom_hf.data.images import to_rgb
 
 
 EXAMPLES = Path(__file__).parent

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModel
 
 from tocom_hf import apply_tome, trace_tokens
-from tocom_hf.data import load_images, to_rgb
+from tocom_hf.data.images import load_images, to_rgb
 from tocom_hf.merging.architectures import find_backbone
 from tocom_hf.visualization import paint_groups, tile
 

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from tocom_hf import DatasetError
-from tocom_hf.data import TrainingImages, load_images, with_pixel_values
+from tocom_hf.data.images import TrainingImages, load_images, with_pixel_values
 
 
 @pytest.fixture

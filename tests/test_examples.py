@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from tocom_hf import PluginSet, TocomModel, apply_tome, save_composite
-from tocom_hf.data import TrainingImages, load_images, with_pixel_values
+from tocom_hf.data.images import TrainingImages, load_images, with_pixel_values
 from tocom_hf.reports import Report
 
 

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from tocom_hf import PluginSet, TocomModel
+from tocom_hf.data.tasks import load_labelled
 from tocom_hf.grid import CellRun
 from tocom_hf.reports import Cost, Report
-from tocom_hf.tasks import load_labelled
 
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "fidelity"

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tocom_hf import DatasetError
-from tocom_hf.tasks import TASKS, load_labelled, require_disjoint
+from tocom_hf.data.tasks import TASKS, load_labelled, require_disjoint
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from transformers import ViTImageProcessorPil
 
 from tocom_hf import DatasetError
 from tocom_hf.arguments import DistillationArguments
-from tocom_hf.data import TrainingImages
+from tocom_hf.data.images import TrainingImages
 from tocom_hf.training_data import KeyedImages, KeyedStream, StreamState, TrainingLoader, TrainingOrder, is_stream
 
 

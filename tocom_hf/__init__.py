@@ -34,8 +34,9 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
+    from tocom_hf.data.images import load_images, with_pixel_values
+
     from .arguments import DistillationArguments
-    from .data import load_images, with_pixel_values
     from .distillation import distill
     from .evaluation import DegreeResult, evaluate_degrees
     from .scale_fitting import fit_scales
@@ -50,11 +51,11 @@ _LAZY = {
     "distill": "distillation",
     "evaluate_degrees": "evaluation",
     "fit_scales": "scale_fitting",
-    "load_images": "data",
+    "load_images": "data.images",
     "paint_groups": "visualization",
     "pick_scale": "scales",
     "tile": "visualization",
-    "with_pixel_values": "data",
+    "with_pixel_values": "data.images",
 }
 
 __all__ = [

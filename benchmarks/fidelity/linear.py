@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from tocom_hf import TocomModel, apply_tome
-from tocom_hf.data import with_pixel_values
-from tocom_hf.tasks import load_labelled
+from tocom_hf.data.images import with_pixel_values
+from tocom_hf.data.tasks import load_labelled
 
 
 def parse_args() -> argparse.Namespace:

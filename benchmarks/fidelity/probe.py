@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoModel
 
 from tocom_hf import apply_tome
-from tocom_hf.data import with_pixel_values
-from tocom_hf.tasks import load_labelled
+from tocom_hf.data.images import with_pixel_values
+from tocom_hf.data.tasks import load_labelled
 
 
 RIDGE = 300.0  # weight of the squared norm

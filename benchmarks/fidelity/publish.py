@@ -18,8 +18,8 @@ from pathlib import Path
 from run import checkpoint, data_folder, plugins_folder
 
 from tocom_hf import PluginSet
+from tocom_hf.data.tasks import load_labelled
 from tocom_hf.reports import Report
-from tocom_hf.tasks import load_labelled
 
 
 def parse_args() -> argparse.Namespace:

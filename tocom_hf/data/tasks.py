@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import datasets
 
-from .data import load_images
-from .errors import DatasetError
+from tocom_hf.data.images import load_images
+from tocom_hf.errors import DatasetError
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
-from .errors import ArgumentError, DatasetError
+from tocom_hf.errors import ArgumentError, DatasetError
 
 
 _SEED = 0  # of the samples that max_samples draws
