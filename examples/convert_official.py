@@ -30,10 +30,10 @@ from transformers import (
 )
 
 from tocom_hf import PluginFileError, PluginSet, TocomError
-from tocom_hf.composition import Factors, require_scale
-from tocom_hf.config import BackboneFacts, PluginSetConfig
 from tocom_hf.merging.architectures import find_backbone
-from tocom_hf.plugins import plugin_name
+from tocom_hf.plugins.composition import Factors, require_scale
+from tocom_hf.plugins.config import BackboneFacts, PluginSetConfig
+from tocom_hf.plugins.plugin_set import plugin_name
 
 
 ADAPTER = re.compile(r"(?:module\.)?blocks\.(\d+)\.attn\.([qv])_tocom\.adapter_(down|up)\.weight")

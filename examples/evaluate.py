@@ -7,8 +7,8 @@ at the target reaches. The scale is picked on the validation split, by its label
     accelerate launch examples/evaluate.py --checkpoints cub-r0 cub-r8 cub-r16 --plugins tocom-deit-base \\
         --dataset_name cub-200 --target_r 0 8 16 --output_dir results/cub-200
 
-`--dataset_name` takes a name of `tocom_hf.data.tasks.TASKS` (cifar-100, cub-200, cars, dogs, flowers, vtab-1k/svhn, ...), a
-Hub name, a folder of images or of parquet files, or a parquet file.
+`--dataset_name` takes a name of `tocom_hf.data.tasks.TASKS` (cifar-100, cub-200, cars, dogs, flowers,
+vtab-1k/svhn, ...), a Hub name, a folder of images or of parquet files, or a parquet file.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from torch.utils.data import default_collate
 from transformers import AutoImageProcessor, PreTrainedConfig
 
 from tocom_hf import ArgumentError, DatasetError, PluginSet, TocomModel
-from tocom_hf.composition import require_scale
 from tocom_hf.data.images import with_pixel_values
 from tocom_hf.data.tasks import load_labelled, require_disjoint
 from tocom_hf.grid import evaluate_checkpoint
+from tocom_hf.plugins.composition import require_scale
 from tocom_hf.reports import Report, measure_costs
 from tocom_hf.scales import WIDE_SCALES
 

@@ -36,7 +36,7 @@ from tocom_hf.data.tasks import load_labelled
 class ScriptArguments:
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of the pre-trained model."})
     dataset_name: str = field(
-        metadata={"help": "Name in tocom_hf.data.tasks.TASKS, Hub name, folder of images or parquet, or a parquet file."}
+        metadata={"help": "Name in tocom_hf.data.tasks.TASKS, Hub name, folder of images or parquet, parquet file."}
     )
     source_r: int = field(default=0, metadata={"help": "Tokens merged in every layer during training."})
     lora_rank: int | None = field(

@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 
 from tocom_hf import PluginSet, TocomModel
-from tocom_hf.cards import CARD_NAME, plugin_set_card
-from tocom_hf.config import CONFIG_NAME
+from tocom_hf.plugins.cards import CARD_NAME, plugin_set_card
+from tocom_hf.plugins.config import CONFIG_NAME
 
 
 def parse_args() -> argparse.Namespace:

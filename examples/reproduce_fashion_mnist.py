@@ -41,10 +41,10 @@ from transformers import (
 )
 
 from tocom_hf import PluginSet, TocomError, TocomModel
-from tocom_hf.config import CONFIG_NAME
 from tocom_hf.data.images import TrainingImages, load_images
 from tocom_hf.distillation import DistillationArguments, distill
 from tocom_hf.errors import DistillationInterrupted
+from tocom_hf.plugins.config import CONFIG_NAME
 
 
 LABELS = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle-boot"]

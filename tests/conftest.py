@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from tocom_hf import PluginSet
-from tocom_hf.composition import Factors
-from tocom_hf.config import BackboneFacts, PluginSetConfig
 from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.plugins.composition import Factors
+from tocom_hf.plugins.config import BackboneFacts, PluginSetConfig
 
 
 # the models are tiny: more threads only wait for each other

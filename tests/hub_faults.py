@@ -192,7 +192,7 @@ def _fill_the_cache_disk(situation: Situation) -> None:
 
 
 def _fill_the_disk(situation: Situation) -> None:
-    situation.monkeypatch.setattr("tocom_hf.adapters.save_file", _full)
+    situation.monkeypatch.setattr("tocom_hf.plugins.adapters.save_file", _full)
 
 
 def _fail_a_rename(situation: Situation) -> None:

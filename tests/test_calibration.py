@@ -279,10 +279,10 @@ def test_a_budget_of_flops_needs_no_calibration(model):
 
 
 def test_a_budget_of_time_is_measured_and_kept_in_a_file(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("tocom_hf.calibration._measure", lambda model, degrees, *rest: times(degrees))
+    monkeypatch.setattr("tocom_hf.cost.calibration._measure", lambda model, degrees, *rest: times(degrees))
     path = tmp_path / "calibration.json"
     assert load(model, target_speedup=1.39, calibration=path).target_r == 4
-    monkeypatch.delattr("tocom_hf.calibration._measure")
+    monkeypatch.delattr("tocom_hf.cost.calibration._measure")
     assert TocomModel.from_pretrained(model, target_speedup=1.29, calibration=path).target_r == 3
 
 

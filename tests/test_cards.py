@@ -12,7 +12,7 @@ from hub_server import metadata_errors
 from huggingface_hub import ModelCard
 
 from tocom_hf import PluginSet, TocomModel
-from tocom_hf.cards import checkpoint_card, plugin_set_card
+from tocom_hf.plugins.cards import checkpoint_card, plugin_set_card
 
 
 ROOT = Path(__file__).parent.parent

@@ -4,7 +4,7 @@ import torch
 from conftest import make_plugins
 
 from tocom_hf import DegreeError
-from tocom_hf.composition import chain
+from tocom_hf.plugins.composition import chain
 
 
 def formula(plugins, source_r, target_r, scale, path, weight):

@@ -83,7 +83,7 @@ def test_importing_it_loads_nothing_heavy():
 
 
 def test_the_logger_follows_the_verbosity_of_transformers():
-    from tocom_hf.calibration import logger
+    from tocom_hf.cost.calibration import logger
 
     before = logging.get_verbosity()
     try:

@@ -18,7 +18,7 @@ from conftest import make_model, make_plugins
 from tqdm import tqdm
 
 from tocom_hf import PluginFileError, PluginSet, TocomModel
-from tocom_hf.composition import Factors
+from tocom_hf.plugins.composition import Factors
 from tocom_hf.storage.transaction import FolderChangedError, find_snapshots, generation, retry_while_saved, write_folder
 
 

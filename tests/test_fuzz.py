@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tocom_hf import ArgumentError, PluginFileError, PluginSet, TocomError, TocomModel, UnsupportedModelError
-from tocom_hf.config import PluginSetConfig
+from tocom_hf.plugins.config import PluginSetConfig
 
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))

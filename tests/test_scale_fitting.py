@@ -22,7 +22,7 @@ from tocom_hf import (
     load_images,
     with_pixel_values,
 )
-from tocom_hf.composition import Factors
+from tocom_hf.plugins.composition import Factors
 
 
 ROOT = Path(__file__).parent.parent

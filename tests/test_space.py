@@ -34,7 +34,7 @@ def staged(tmp_path_factory):
 def test_the_staged_folder_has_all_that_the_demo_needs(staged):
     for name in (
         "README.md", "app.py", "requirements.txt", "assets/checkpoint/model.safetensors",
-        "assets/plugins/P_7_8/adapter_model.safetensors", "tocom_hf/modeling.py",
+        "assets/plugins/P_7_8/adapter_model.safetensors", "tocom_hf/model/tocom_model.py",
     ):  # fmt: skip
         assert (staged / name).is_file()
     assert len(list((staged / "samples").glob("*.png"))) == 10

@@ -11,8 +11,8 @@ import torch
 from conftest import make_model, make_plugins
 
 from tocom_hf import TocomModel, modeling
-from tocom_hf.locks import ReadersWriterLock
 from tocom_hf.merging.patching import set_merging
+from tocom_hf.model.locks import ReadersWriterLock
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_a_failure_while_weights_are_copied_restores_them(composed, pixel_values
         raise KeyboardInterrupt
 
     calls = iter([interrupted, set_merging])
-    monkeypatch.setattr("tocom_hf.modeling.set_merging", lambda *a, **k: next(calls)(*a, **k))
+    monkeypatch.setattr("tocom_hf.model.tocom_model.set_merging", lambda *a, **k: next(calls)(*a, **k))
     with pytest.raises(KeyboardInterrupt):
         composed.set_target_r(1)
     assert composed.target_r == 4
@@ -135,7 +135,7 @@ def test_a_failure_while_a_model_is_equipped_leaves_it_as_it_was(model, plugins,
             raise MemoryError
         copy_weights(source, target)
 
-    monkeypatch.setattr("tocom_hf.modeling.copy_weights", failing)
+    monkeypatch.setattr("tocom_hf.model.tocom_model.copy_weights", failing)
     with pytest.raises(MemoryError):
         TocomModel.from_pretrained(model, plugins=make_plugins(model, seed=4), source_r=0, target_r=5)
     assert type(model) is model_class

@@ -7,9 +7,12 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tocom_hf.cost.calibration import Calibration, DegreeCost, calibrate
+from tocom_hf.cost.flops import count_flops
 from tocom_hf.merging.patching import apply_tome, remove_tome, trace_tokens
+from tocom_hf.model.tocom_model import TocomModel
+from tocom_hf.plugins.plugin_set import PluginSet, save_composite
 
-from .calibration import Calibration, DegreeCost, calibrate
 from .errors import (
     ArgumentError,
     BackboneMismatchError,
@@ -27,9 +30,6 @@ from .errors import (
     UnsupportedInputError,
     UnsupportedModelError,
 )
-from .flops import count_flops
-from .modeling import TocomModel
-from .plugins import PluginSet, save_composite
 from .version import __version__
 
 

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tocom_hf.merging.schedule import require_degree
+from tocom_hf.plugins.composition import require_scale
 
 from .augmentation import Augmentation
-from .composition import require_scale
 from .errors import ArgumentError, DegreeError
 from .objectives import OBJECTIVES
 from .sampling import find_sampler

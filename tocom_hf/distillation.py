@@ -21,16 +21,16 @@ from transformers.utils import logging
 
 from tocom_hf.merging.architectures import Backbone, find_backbone
 from tocom_hf.merging.patching import apply_tome, get_schedule, remove_tome
+from tocom_hf.plugins.agreement import format_grid
+from tocom_hf.plugins.composition import Adapter, Factors
+from tocom_hf.plugins.config import BackboneFacts, PluginSetConfig
+from tocom_hf.plugins.plugin_set import PluginSet
 
-from .agreement import format_grid
 from .arguments import PRESETS, DistillationArguments
-from .composition import Adapter, Factors
-from .config import BackboneFacts, PluginSetConfig
 from .devices import describe_device, evaluation_mode
 from .errors import ArgumentError, DatasetError, DegreeError, UnsupportedModelError
 from .objectives import Objective, find_objective
 from .plugin_chain import PluginChain
-from .plugins import PluginSet
 from .training import Training
 from .training_data import is_stream
 from .training_state import find_checkpoint, make_output_dir

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
+from tocom_hf.model.tocom_model import TocomModel
+
 from .devices import evaluation_mode
 from .errors import ArgumentError, DatasetError
 from .evaluation import plain_merging
-from .modeling import TocomModel
 from .objectives import OBJECTIVES
 from .scales import PAPER_SCALES, WIDE_SCALES
 

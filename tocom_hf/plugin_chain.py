@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tocom_hf.merging.architectures import Backbone
+from tocom_hf.plugins.composition import Adapter, Factors, chain
 
-from .composition import Adapter, Factors, chain
 from .keyed_random import fold, keep_mask
 
 

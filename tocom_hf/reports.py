@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from tocom_hf.cost.flops import count_flops
+from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.storage.repository import read_json
 from tocom_hf.storage.transaction import write_folder
 
 from .evaluation import throughput
-from .flops import count_flops
 from .grid import Cell, CellRun, summarize
-from .modeling import TocomModel
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.model.tocom_model import TocomModel
+from tocom_hf.plugins.composition import Adapter, Factors, chain, require_in_range
+from tocom_hf.plugins.config import BackboneFacts
+from tocom_hf.plugins.plugin_set import PluginSet
 
-from .composition import Adapter, Factors, chain, require_in_range
-from .config import BackboneFacts
 from .devices import describe_device, evaluation_mode
 from .errors import ArgumentError, DatasetError, DistillationError
 from .evaluation import plain_merging
-from .modeling import TocomModel
 from .objectives import Objective, find_objective
-from .plugins import PluginSet
 
 
 def fit_scales(

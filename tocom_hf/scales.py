@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .composition import require_scale
+from tocom_hf.model.tocom_model import TocomModel
+from tocom_hf.plugins.composition import require_scale
+
 from .devices import evaluation_mode
 from .errors import ArgumentError, DatasetError
-from .modeling import TocomModel
 from .objectives import find_objective
 
 

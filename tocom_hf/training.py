@@ -24,7 +24,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .agreement import agreement_grid, agreement_sums, mean_agreement
+from tocom_hf.agreement_sums import agreement_sums
+from tocom_hf.plugins.agreement import agreement_grid, mean_agreement
+
 from .arguments import DistillationArguments
 from .errors import CheckpointError, DistillationError, DistillationInterrupted
 from .sampling import find_sampler

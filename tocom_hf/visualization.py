@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .agreement import grid_axes
+from tocom_hf.plugins.agreement import grid_axes
+
 from .errors import UnsupportedInputError
 
 

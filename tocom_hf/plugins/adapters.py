@@ -9,12 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tocom_hf.errors import PluginFileError
 from tocom_hf.merging.architectures import Architecture
+from tocom_hf.plugins.composition import Adapter, Factors
+from tocom_hf.plugins.config import CONFIG_NAME, PluginSetConfig
 from tocom_hf.storage.repository import Repository, read_json, require_small_header
-
-from .composition import Adapter, Factors
-from .config import CONFIG_NAME, PluginSetConfig
-from .errors import PluginFileError
 
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -8,16 +8,15 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from tocom_hf.errors import DegreeError, PluginFileError
 from tocom_hf.merging.architectures import Backbone
+from tocom_hf.plugins.adapters import read_adapter, write_adapter
+from tocom_hf.plugins.cards import AGREEMENT_FIGURE, CARD_NAME, plugin_set_card
+from tocom_hf.plugins.composition import Adapter, Composite, chain, compose, require_in_range, require_scale
+from tocom_hf.plugins.config import CONFIG_NAME, PluginSetConfig
 from tocom_hf.storage.repository import Repository
 from tocom_hf.storage.transaction import retry_while_saved, scratch_folder, write_folder
 from tocom_hf.storage.upload import upload_folder
-
-from .adapters import read_adapter, write_adapter
-from .cards import AGREEMENT_FIGURE, CARD_NAME, plugin_set_card
-from .composition import Adapter, Composite, chain, compose, require_in_range, require_scale
-from .config import CONFIG_NAME, PluginSetConfig
-from .errors import DegreeError, PluginFileError
 
 
 # what a saved set consists of, so that no plugin of an earlier, longer one stays behind

@@ -13,21 +13,20 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from tocom_hf.cost.budget import Budget
+from tocom_hf.cost.calibration import Calibration, choose_degree
+from tocom_hf.errors import BudgetError
 from tocom_hf.merging.architectures import find_backbone
 from tocom_hf.merging.patching import get_schedule, set_merging, unset_merging
+from tocom_hf.model.checkpoint import CHECKPOINT_FILES
+from tocom_hf.model.folding import TocomState, compose, composed, copy_weights, live_weights, verified_source_weights
+from tocom_hf.model.loading import PLUGINS_FOLDER, load
+from tocom_hf.model.locks import ReadersWriterLock, SwitchLock
+from tocom_hf.plugins.cards import CARD_NAME, checkpoint_card
+from tocom_hf.plugins.composition import require_scale
+from tocom_hf.plugins.plugin_set import PLUGIN_FILES, PluginSet
 from tocom_hf.storage.transaction import scratch_folder, write_folder
 from tocom_hf.storage.upload import PUSH_ARGUMENTS, upload_folder
-
-from .budget import Budget
-from .calibration import Calibration, choose_degree
-from .cards import CARD_NAME, checkpoint_card
-from .checkpoints import CHECKPOINT_FILES
-from .composition import require_scale
-from .errors import BudgetError
-from .folding import TocomState, compose, composed, copy_weights, live_weights, verified_source_weights
-from .loading import PLUGINS_FOLDER, load
-from .locks import ReadersWriterLock, SwitchLock
-from .plugins import PLUGIN_FILES, PluginSet
 
 
 # a child of transformers' logger: its verbosity holds for ours

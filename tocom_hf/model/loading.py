@@ -9,14 +9,13 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from tocom_hf.errors import ArgumentError, DegreeError, PluginFileError, UnsupportedModelError
 from tocom_hf.merging.architectures import supported_types, unsupported
 from tocom_hf.merging.schedule import require_degree
+from tocom_hf.model.checkpoint import Checkpoint
+from tocom_hf.plugins.composition import require_scale
+from tocom_hf.plugins.plugin_set import PluginSet
 from tocom_hf.storage.transaction import retry_while_saved
-
-from .checkpoints import Checkpoint
-from .composition import require_scale
-from .errors import ArgumentError, DegreeError, PluginFileError, UnsupportedModelError
-from .plugins import PluginSet
 
 
 PLUGINS_FOLDER = "tocom_plugins"

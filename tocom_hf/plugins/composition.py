@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import torch
 
+from tocom_hf.devices import float64_device
+from tocom_hf.errors import DegreeError
 from tocom_hf.merging.schedule import require_degree
-
-from .devices import float64_device
-from .errors import DegreeError
 
 
 class Factors(NamedTuple):

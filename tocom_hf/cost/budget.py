@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 
-from .errors import BudgetError
+from tocom_hf.errors import BudgetError
 
 
 # the field of `DegreeCost`, whether more of it is better, and its unit

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from tocom_hf.errors import ComposedWeightsError, DegreeError, UnsupportedModelError
 from tocom_hf.merging.architectures import Backbone
 from tocom_hf.merging.schedule import require_degree
-
-from .composition import Composite
-from .errors import ComposedWeightsError, DegreeError, UnsupportedModelError
-from .plugins import PluginSet
+from tocom_hf.plugins.composition import Composite
+from tocom_hf.plugins.plugin_set import PluginSet
 
 
 @dataclass

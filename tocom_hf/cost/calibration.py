@@ -16,14 +16,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from tocom_hf.cost.budget import Budget
+from tocom_hf.cost.flops import Example, count, count_flops
+from tocom_hf.devices import describe_device, evaluation_mode, synchronize
+from tocom_hf.errors import ArgumentError, BudgetError, CalibrationError, DegreeError
 from tocom_hf.merging.architectures import Backbone, find_backbone
 from tocom_hf.merging.patching import merging_at
 from tocom_hf.merging.schedule import require_degree
-
-from .budget import Budget
-from .devices import describe_device, evaluation_mode, synchronize
-from .errors import ArgumentError, BudgetError, CalibrationError, DegreeError
-from .flops import Example, count, count_flops
 
 
 # a child of transformers' logger: its verbosity holds for ours

@@ -9,10 +9,9 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from tocom_hf.errors import ArgumentError, HubError, PluginFileError, UnsupportedModelError
+from tocom_hf.plugins.adapters import ADAPTER_CONFIG
 from tocom_hf.storage.repository import DOWNLOAD_ARGUMENTS, Repository, read_json, require_small_header
-
-from .adapters import ADAPTER_CONFIG
-from .errors import ArgumentError, HubError, PluginFileError, UnsupportedModelError
 
 
 # what a saved checkpoint consists of, so that nothing of an earlier one with other shards stays behind

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
+from tocom_hf.errors import BackboneMismatchError, PluginFileError
 from tocom_hf.merging.architectures import ARCHITECTURES, Backbone, projection_paths, unsupported
 from tocom_hf.storage.repository import read_json
-
-from .errors import BackboneMismatchError, PluginFileError
-from .version import __version__
+from tocom_hf.version import __version__
 
 
 CONFIG_NAME = "tocom_config.json"

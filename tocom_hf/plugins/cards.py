@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Iterable
+from importlib import resources
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
-from .agreement import grid_axes
-from .config import PluginSetConfig
+from tocom_hf.plugins.agreement import grid_axes
+from tocom_hf.plugins.config import PluginSetConfig
 
 
 CARD_NAME = "README.md"
@@ -132,10 +133,12 @@ def _render(template: str, data: ModelCardData, **values: Any) -> ModelCard:
 
 
 def _template(name: str) -> str:
-    """A template's text: beside the package in a clone, within it once installed."""
-    package = Path(__file__).parent
-    path = next(path for path in (package / "hub_cards" / name, package.parent / "hub_cards" / name) if path.exists())
-    return path.read_text(encoding="utf-8")
+    """A template's text: within the package once it is installed, beside it in a clone that is not."""
+    try:
+        folder = resources.files("tocom_hf.hub_cards")
+    except ModuleNotFoundError:
+        folder = Path(__file__).parents[2] / "hub_cards"
+    return (folder / name).read_text(encoding="utf-8")
 
 
 def _inputs(model_type: str, image_size: Any) -> dict[str, str]:

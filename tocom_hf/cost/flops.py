@@ -9,12 +9,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from tocom_hf.errors import ArgumentError
 from tocom_hf.merging.architectures import find_backbone
 from tocom_hf.merging.inputs import model_inputs
 from tocom_hf.merging.patching import get_settings, merging_at
 from tocom_hf.merging.schedule import require_degree, tokens_per_layer
-
-from .errors import ArgumentError
 
 
 def count_flops(model: PreTrainedModel, r: int, image_size: int | tuple[int, int] | None = None) -> int:
