@@ -28,12 +28,12 @@ from torch import nn
 
 from tocom_hf import apply_tome
 from tocom_hf.devices import describe_device, synchronize
-from tocom_hf.distillation import SelfDistiller
-from tocom_hf.keyed_random import image_keys
+from tocom_hf.distillation.branches import PluginChain
+from tocom_hf.distillation.degrees import uniform
+from tocom_hf.distillation.distill import SelfDistiller
+from tocom_hf.distillation.keyed_random import image_keys
+from tocom_hf.distillation.objectives import OBJECTIVES
 from tocom_hf.merging.architectures import find_backbone
-from tocom_hf.objectives import OBJECTIVES
-from tocom_hf.plugin_chain import PluginChain
-from tocom_hf.sampling import uniform
 
 
 MAX_R, RANK, SCALE, DROPOUT = 16, 2, 0.1, 0.1

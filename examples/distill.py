@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser
 
 from tocom_hf import DatasetError, PluginSet, TocomError
 from tocom_hf.data.images import TrainingImages, load_images, require_different_images
-from tocom_hf.distillation import PRESETS, DistillationArguments, distill, hold_out, save_agreement
+from tocom_hf.distillation.distill import PRESETS, DistillationArguments, distill, hold_out, save_agreement
 from tocom_hf.errors import DistillationInterrupted
 from tocom_hf.merging.architectures import ARCHITECTURES
 

@@ -25,10 +25,10 @@ from transformers import AutoImageProcessor, PreTrainedConfig
 from tocom_hf import ArgumentError, DatasetError, PluginSet, TocomModel
 from tocom_hf.data.images import with_pixel_values
 from tocom_hf.data.tasks import load_labelled, require_disjoint
-from tocom_hf.grid import evaluate_checkpoint
+from tocom_hf.evaluation.grid import evaluate_checkpoint
+from tocom_hf.evaluation.reports import Report, measure_costs
 from tocom_hf.plugins.composition import require_scale
-from tocom_hf.reports import Report, measure_costs
-from tocom_hf.scales import WIDE_SCALES
+from tocom_hf.scales.choice import WIDE_SCALES
 
 
 def parse_args() -> argparse.Namespace:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from tocom_hf import ArgumentError, TocomModel
 from tocom_hf.data.images import with_pixel_values
 from tocom_hf.data.tasks import load_labelled
-from tocom_hf.grid import estimate, evaluate_checkpoint
+from tocom_hf.evaluation.grid import estimate, evaluate_checkpoint
 from tocom_hf.merging.architectures import find_backbone
 
 

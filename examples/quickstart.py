@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor
 
 from tocom_hf import TocomModel
 from tocom_hf.data.images import load_images, with_pixel_values
-from tocom_hf.evaluation import DegreeResult, evaluate_degrees
+from tocom_hf.evaluation.degrees import DegreeResult, evaluate_degrees
 
 
 matplotlib.use("Agg")

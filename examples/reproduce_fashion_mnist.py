@@ -42,7 +42,7 @@ from transformers import (
 
 from tocom_hf import PluginSet, TocomError, TocomModel
 from tocom_hf.data.images import TrainingImages, load_images
-from tocom_hf.distillation import DistillationArguments, distill
+from tocom_hf.distillation.distill import DistillationArguments, distill
 from tocom_hf.errors import DistillationInterrupted
 from tocom_hf.plugins.config import CONFIG_NAME
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import ViTImageProcessorPil
 
 from tocom_hf.data.images import TrainingImages, load_images
-from tocom_hf.distillation import DistillationArguments, distill
+from tocom_hf.distillation.distill import DistillationArguments, distill
 from tocom_hf.merging.architectures import find_backbone
 
 

@@ -4,8 +4,8 @@
 import pytest
 import torch
 
-from tocom_hf.agreement_sums import agreement_sums
 from tocom_hf.devices import float64_device
+from tocom_hf.distillation.agreement import agreement_sums
 from tocom_hf.plugins.agreement import agreement_grid, format_grid, mean_agreement
 from tocom_hf.visualization import plot_agreement
 

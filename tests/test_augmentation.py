@@ -7,8 +7,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from tocom_hf import ArgumentError
-from tocom_hf.augmentation import OPERATIONS, Augmentation, beta, erase, mix, rand_augment
-from tocom_hf.keyed_random import image_keys
+from tocom_hf.distillation.augmentation import OPERATIONS, Augmentation, beta, erase, mix, rand_augment
+from tocom_hf.distillation.keyed_random import image_keys
 
 
 FULL = Augmentation(randaugment_num_ops=2, random_erasing=0.5, mixup=0.8, cutmix=1.0)

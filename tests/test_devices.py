@@ -7,7 +7,7 @@ from conftest import make_model, make_plugins
 
 from tocom_hf import DistillationArguments, TocomModel, calibrate, distill, evaluate_degrees, fit_scales, pick_scale
 from tocom_hf.devices import evaluation_mode
-from tocom_hf.grid import evaluate_checkpoint
+from tocom_hf.evaluation.grid import evaluate_checkpoint
 
 
 IMAGES = [

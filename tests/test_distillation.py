@@ -22,10 +22,10 @@ from tocom_hf import (
     UnsupportedModelError,
     apply_tome,
 )
-from tocom_hf.distillation import DistillationArguments, SelfDistiller, distill
+from tocom_hf.distillation.branches import PluginChain
+from tocom_hf.distillation.distill import DistillationArguments, SelfDistiller, distill
+from tocom_hf.distillation.objectives import OBJECTIVES
 from tocom_hf.merging.architectures import find_backbone
-from tocom_hf.objectives import OBJECTIVES
-from tocom_hf.plugin_chain import PluginChain
 
 
 class Noise(Dataset):

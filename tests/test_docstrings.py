@@ -17,7 +17,7 @@ import tocom_hf
 
 
 ROOT = Path(__file__).parent.parent
-MODULES = [f"tocom_hf.{module.name}" for module in pkgutil.iter_modules(tocom_hf.__path__)]
+MODULES = [module.name for module in pkgutil.walk_packages(tocom_hf.__path__, "tocom_hf.") if not module.ispkg]
 NAMES = [name for name in tocom_hf.__all__ if name != "__version__"]
 
 
@@ -44,7 +44,7 @@ def test_all_is_sorted_without_repetition_and_importable():
 def test_all_is_the_whole_public_surface():
     """Whatever else the package shows are its modules and what `__init__.py` needs itself."""
     public = {name for name in vars(tocom_hf) if not name.startswith("_")}
-    modules = {name.partition(".")[2] for name in MODULES}
+    modules = {module.name for module in pkgutil.iter_modules(tocom_hf.__path__)}
     assert public - {*tocom_hf.__all__} <= modules | {"importlib", "Any", "TYPE_CHECKING"}
 
 

@@ -7,7 +7,7 @@ from conftest import make_model, make_plugins
 from torch.utils.data import DataLoader
 
 from tocom_hf import TocomModel, apply_tome
-from tocom_hf.evaluation import accuracy, evaluate_degrees, plain_merging, throughput
+from tocom_hf.evaluation.degrees import accuracy, evaluate_degrees, plain_merging, throughput
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 from tocom_hf import PluginSet, TocomModel, apply_tome, save_composite
 from tocom_hf.data.images import TrainingImages, load_images, with_pixel_values
-from tocom_hf.reports import Report
+from tocom_hf.evaluation.reports import Report
 
 
 ROOT = Path(__file__).parent.parent

@@ -24,8 +24,8 @@ from transformers import (
 
 from tocom_hf import PluginSet, TocomModel
 from tocom_hf.data.tasks import load_labelled
-from tocom_hf.grid import CellRun
-from tocom_hf.reports import Cost, Report
+from tocom_hf.evaluation.grid import CellRun
+from tocom_hf.evaluation.reports import Cost, Report
 
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "fidelity"

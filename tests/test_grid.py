@@ -10,7 +10,7 @@ from conftest import make_model, make_plugins
 from torch.utils.data import get_worker_info
 
 from tocom_hf import ArgumentError, DatasetError, DegreeError, TocomModel, apply_tome
-from tocom_hf.grid import CellRun, evaluate_checkpoint, pick_scales, summarize
+from tocom_hf.evaluation.grid import CellRun, evaluate_checkpoint, pick_scales, summarize
 
 
 @pytest.fixture(scope="module")

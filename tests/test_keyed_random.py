@@ -3,7 +3,7 @@
 
 import torch
 
-from tocom_hf.keyed_random import fold, image_keys, keep_mask, normals, uniforms
+from tocom_hf.distillation.keyed_random import fold, image_keys, keep_mask, normals, uniforms
 
 
 KEYS = image_keys(0, torch.zeros(2000, dtype=torch.long), torch.arange(2000))

@@ -11,9 +11,9 @@ from conftest import make_model
 from families import FAMILIES
 
 from tocom_hf import ArgumentError, UnsupportedModelError, apply_tome, trace_tokens
+from tocom_hf.distillation.objectives import OBJECTIVES, find_objective
 from tocom_hf.merging.architectures import find_backbone
 from tocom_hf.merging.inputs import model_inputs
-from tocom_hf.objectives import OBJECTIVES, find_objective
 
 
 def by_class(model_class):

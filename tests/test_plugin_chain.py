@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import make_model
 
-from tocom_hf.keyed_random import image_keys
+from tocom_hf.distillation.branches import PluginChain
+from tocom_hf.distillation.keyed_random import image_keys
 from tocom_hf.merging.architectures import find_backbone
-from tocom_hf.plugin_chain import PluginChain
 
 
 def trained(model, dropout=0.0):

@@ -8,7 +8,7 @@ from conftest import make_model
 from test_grid import make_run
 
 from tocom_hf import TocomModel
-from tocom_hf.reports import Cost, Report, gap_closed, measure_costs, won_back
+from tocom_hf.evaluation.reports import Cost, Report, gap_closed, measure_costs, won_back
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import collections
 import pytest
 
 from tocom_hf import ArgumentError
-from tocom_hf.sampling import SAMPLERS, adjacent, antithetic, find_sampler, from_source, uniform
+from tocom_hf.distillation.degrees import SAMPLERS, adjacent, antithetic, find_sampler, from_source, uniform
 
 
 def test_uniform_pairs_cover_all_ordered_pairs_alike():

@@ -21,10 +21,10 @@ from tocom_hf import (
     apply_tome,
     distill,
 )
-from tocom_hf.distillation import SelfDistiller
+from tocom_hf.distillation.branches import PluginChain
+from tocom_hf.distillation.distill import SelfDistiller
+from tocom_hf.distillation.objectives import OBJECTIVES
 from tocom_hf.merging.architectures import find_backbone
-from tocom_hf.objectives import OBJECTIVES
-from tocom_hf.plugin_chain import PluginChain
 from tocom_hf.plugins.cards import plugin_set_card
 
 

@@ -19,9 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_distillation import Noise
 
-from tocom_hf.distillation import DistillationArguments, distill, hold_out
+from tocom_hf.distillation.distill import DistillationArguments, distill, hold_out
+from tocom_hf.distillation.objectives import OBJECTIVES
 from tocom_hf.errors import ArgumentError, CheckpointError, DatasetError, DistillationError, DistillationInterrupted
-from tocom_hf.objectives import OBJECTIVES
 
 
 TESTS = Path(__file__).parent
@@ -278,7 +278,7 @@ def test_a_run_from_another_set_is_not_gone_on_with(tmp_path):
 
 
 def test_machines_that_do_not_share_a_folder_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("tocom_hf.training.gather_object", lambda found: [*found, 4])
+    monkeypatch.setattr("tocom_hf.distillation.loop.gather_object", lambda found: [*found, 4])
     with pytest.raises(CheckpointError, match="a folder that all of them see"):
         distill(make_model(), Noise(), arguments(tmp_path))
 

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
 from tocom_hf import DatasetError
-from tocom_hf.arguments import DistillationArguments
 from tocom_hf.data.images import TrainingImages
-from tocom_hf.training_data import KeyedImages, KeyedStream, StreamState, TrainingLoader, TrainingOrder, is_stream
+from tocom_hf.distillation.arguments import DistillationArguments
+from tocom_hf.distillation.order import KeyedImages, KeyedStream, StreamState, TrainingLoader, TrainingOrder, is_stream
 
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 4, "width": 4})

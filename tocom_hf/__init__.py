@@ -1,62 +1,48 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """Alter the inference cost of a Vision Transformer without re-tuning it (Token Compensator, arXiv 2408.06798).
 
-`__all__` is the public surface. What is not in it may change between minor versions.
+`__all__` is the public surface. What is not in it may change between minor versions. A name is imported when it is
+first asked for, so that `import tocom_hf` itself costs nothing.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tocom_hf.cost.calibration import Calibration, DegreeCost, calibrate
-from tocom_hf.cost.flops import count_flops
-from tocom_hf.merging.patching import apply_tome, remove_tome, trace_tokens
-from tocom_hf.model.tocom_model import TocomModel
-from tocom_hf.plugins.plugin_set import PluginSet, save_composite
-
-from .errors import (
-    ArgumentError,
-    BackboneMismatchError,
-    BudgetError,
-    CalibrationError,
-    CheckpointError,
-    ComposedWeightsError,
-    DatasetError,
-    DegreeError,
-    DistillationError,
-    DistillationInterrupted,
-    HubError,
-    PluginFileError,
-    TocomError,
-    UnsupportedInputError,
-    UnsupportedModelError,
-)
-from .version import __version__
+from tocom_hf.version import __version__
 
 
 if TYPE_CHECKING:
+    from tocom_hf.cost.calibration import Calibration, DegreeCost, calibrate
+    from tocom_hf.cost.flops import count_flops
     from tocom_hf.data.images import load_images, with_pixel_values
+    from tocom_hf.distillation.arguments import DistillationArguments
+    from tocom_hf.distillation.distill import distill
+    from tocom_hf.errors import (
+        ArgumentError,
+        BackboneMismatchError,
+        BudgetError,
+        CalibrationError,
+        CheckpointError,
+        ComposedWeightsError,
+        DatasetError,
+        DegreeError,
+        DistillationError,
+        DistillationInterrupted,
+        HubError,
+        MissingExtraError,
+        PluginFileError,
+        TocomError,
+        UnsupportedInputError,
+        UnsupportedModelError,
+    )
+    from tocom_hf.evaluation.degrees import DegreeResult, evaluate_degrees
+    from tocom_hf.merging.patching import apply_tome, remove_tome, trace_tokens
+    from tocom_hf.model.tocom_model import TocomModel
+    from tocom_hf.plugins.plugin_set import PluginSet, save_composite
+    from tocom_hf.scales.choice import pick_scale
+    from tocom_hf.scales.fitting import fit_scales
+    from tocom_hf.visualization import paint_groups, tile
 
-    from .arguments import DistillationArguments
-    from .distillation import distill
-    from .evaluation import DegreeResult, evaluate_degrees
-    from .scale_fitting import fit_scales
-    from .scales import pick_scale
-    from .visualization import paint_groups, tile
-
-
-# what needs accelerate, datasets or Pillow is imported when it is first asked for; by name, the module that has it
-_LAZY = {
-    "DegreeResult": "evaluation",
-    "DistillationArguments": "arguments",
-    "distill": "distillation",
-    "evaluate_degrees": "evaluation",
-    "fit_scales": "scale_fitting",
-    "load_images": "data.images",
-    "paint_groups": "visualization",
-    "pick_scale": "scales",
-    "tile": "visualization",
-    "with_pixel_values": "data.images",
-}
 
 __all__ = [
     "ArgumentError",
@@ -74,6 +60,7 @@ __all__ = [
     "DistillationError",
     "DistillationInterrupted",
     "HubError",
+    "MissingExtraError",
     "PluginFileError",
     "PluginSet",
     "TocomError",
@@ -97,11 +84,39 @@ __all__ = [
     "with_pixel_values",
 ]
 
+# the module of every public name; all others are errors
+_MODULES = {
+    "Calibration": "cost.calibration",
+    "DegreeCost": "cost.calibration",
+    "DegreeResult": "evaluation.degrees",
+    "DistillationArguments": "distillation.arguments",
+    "PluginSet": "plugins.plugin_set",
+    "TocomModel": "model.tocom_model",
+    "apply_tome": "merging.patching",
+    "calibrate": "cost.calibration",
+    "count_flops": "cost.flops",
+    "distill": "distillation.distill",
+    "evaluate_degrees": "evaluation.degrees",
+    "fit_scales": "scales.fitting",
+    "load_images": "data.images",
+    "paint_groups": "visualization",
+    "pick_scale": "scales.choice",
+    "remove_tome": "merging.patching",
+    "save_composite": "plugins.plugin_set",
+    "tile": "visualization",
+    "trace_tokens": "merging.patching",
+    "with_pixel_values": "data.images",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    from tocom_hf.extras import require_extras
+
+    module = f"{__name__}.{_MODULES.get(name, 'errors')}"
+    with require_extras(name):
+        value = getattr(importlib.import_module(module), name)
     globals()[name] = value
     return value
 

@@ -63,6 +63,10 @@ class HubError(TocomError, OSError):
         self.status_code = status_code
 
 
+class MissingExtraError(TocomError, ImportError):
+    """A function needs a package of an extra, such as `tocom-hf[train]`, which is not installed."""
+
+
 class DatasetError(TocomError, ValueError):
     """A data set is empty or lacks a column that the job needs."""
 

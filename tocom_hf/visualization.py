@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tocom_hf.errors import UnsupportedInputError
 from tocom_hf.plugins.agreement import grid_axes
-
-from .errors import UnsupportedInputError
 
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from run import checkpoint, data_folder, plugins_folder
 
 from tocom_hf import PluginSet
 from tocom_hf.data.tasks import load_labelled
-from tocom_hf.reports import Report
+from tocom_hf.evaluation.reports import Report
 
 
 def parse_args() -> argparse.Namespace:

@@ -28,9 +28,9 @@ from images import CANVAS, STYLES, distillation_images, write_task
 from transformers import AutoConfig, AutoImageProcessor
 
 from tocom_hf import PluginSet
-from tocom_hf.grid import Cell
+from tocom_hf.evaluation.grid import Cell
+from tocom_hf.evaluation.reports import Report, clearly_lost, gap_closed, won_back
 from tocom_hf.plugins.config import CONFIG_NAME
-from tocom_hf.reports import Report, clearly_lost, gap_closed, won_back
 
 
 HERE = Path(__file__).parent

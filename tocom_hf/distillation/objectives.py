@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from tocom_hf.errors import ArgumentError, UnsupportedModelError
 from tocom_hf.merging.architectures import Backbone, find_backbone
 from tocom_hf.merging.inputs import model_inputs
 from tocom_hf.merging.patching import trace_tokens
 from tocom_hf.merging.tokens import group_sizes, mean_over_groups
-
-from .errors import ArgumentError, UnsupportedModelError
 
 
 class Objective(Protocol):

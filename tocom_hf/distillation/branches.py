@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tocom_hf.distillation.keyed_random import fold, keep_mask
 from tocom_hf.merging.architectures import Backbone
 from tocom_hf.plugins.composition import Adapter, Factors, chain
-
-from .keyed_random import fold, keep_mask
 
 
 class ActiveChain(NamedTuple):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .devices import float64_device
-from .errors import ArgumentError
-from .keyed_random import fold, normals, uniforms
+from tocom_hf.devices import float64_device
+from tocom_hf.distillation.keyed_random import fold, normals, uniforms
+from tocom_hf.errors import ArgumentError
 
 
 _AUGMENT, _ERASE, _NOISE, _MIX, _BETA = range(5)  # what a key is folded with, so that each has numbers of its own

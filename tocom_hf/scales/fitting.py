@@ -11,16 +11,15 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from tocom_hf.devices import describe_device, evaluation_mode
+from tocom_hf.distillation.objectives import Objective, find_objective
+from tocom_hf.errors import ArgumentError, DatasetError, DistillationError
+from tocom_hf.evaluation.degrees import plain_merging
 from tocom_hf.merging.architectures import find_backbone
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.plugins.composition import Adapter, Factors, chain, require_in_range
 from tocom_hf.plugins.config import BackboneFacts
 from tocom_hf.plugins.plugin_set import PluginSet
-
-from .devices import describe_device, evaluation_mode
-from .errors import ArgumentError, DatasetError, DistillationError
-from .evaluation import plain_merging
-from .objectives import Objective, find_objective
 
 
 def fit_scales(

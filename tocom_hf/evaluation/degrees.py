@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from tocom_hf.devices import evaluation_mode, synchronize
+from tocom_hf.errors import DatasetError
 from tocom_hf.merging.architectures import find_backbone
 from tocom_hf.merging.patching import merging_at
 from tocom_hf.merging.schedule import tokens_per_layer
 from tocom_hf.model.tocom_model import TocomModel
-
-from .devices import evaluation_mode, synchronize
-from .errors import DatasetError
 
 
 @dataclass(frozen=True)

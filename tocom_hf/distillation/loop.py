@@ -24,14 +24,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from tocom_hf.agreement_sums import agreement_sums
+from tocom_hf.distillation.agreement import agreement_sums
+from tocom_hf.distillation.arguments import DistillationArguments
+from tocom_hf.distillation.degrees import find_sampler
+from tocom_hf.distillation.order import StreamState, TrainingLoader, is_stream
+from tocom_hf.distillation.run_state import Checkpoint
+from tocom_hf.errors import CheckpointError, DistillationError, DistillationInterrupted
 from tocom_hf.plugins.agreement import agreement_grid, mean_agreement
-
-from .arguments import DistillationArguments
-from .errors import CheckpointError, DistillationError, DistillationInterrupted
-from .sampling import find_sampler
-from .training_data import StreamState, TrainingLoader, is_stream
-from .training_state import Checkpoint
 
 
 logger = logging.get_logger(__name__)

@@ -4,13 +4,12 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tocom_hf.distillation.augmentation import Augmentation
+from tocom_hf.distillation.degrees import find_sampler
+from tocom_hf.distillation.objectives import OBJECTIVES
+from tocom_hf.errors import ArgumentError, DegreeError
 from tocom_hf.merging.schedule import require_degree
 from tocom_hf.plugins.composition import require_scale
-
-from .augmentation import Augmentation
-from .errors import ArgumentError, DegreeError
-from .objectives import OBJECTIVES
-from .sampling import find_sampler
 
 
 def _argument(default: Any, text: str) -> Any:

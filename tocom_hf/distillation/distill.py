@@ -19,21 +19,20 @@ from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from tocom_hf.devices import describe_device, evaluation_mode
+from tocom_hf.distillation.arguments import PRESETS, DistillationArguments
+from tocom_hf.distillation.branches import PluginChain
+from tocom_hf.distillation.loop import Training
+from tocom_hf.distillation.objectives import Objective, find_objective
+from tocom_hf.distillation.order import is_stream
+from tocom_hf.distillation.run_state import find_checkpoint, make_output_dir
+from tocom_hf.errors import ArgumentError, DatasetError, DegreeError, UnsupportedModelError
 from tocom_hf.merging.architectures import Backbone, find_backbone
 from tocom_hf.merging.patching import apply_tome, get_schedule, remove_tome
 from tocom_hf.plugins.agreement import format_grid
 from tocom_hf.plugins.composition import Adapter, Factors
 from tocom_hf.plugins.config import BackboneFacts, PluginSetConfig
 from tocom_hf.plugins.plugin_set import PluginSet
-
-from .arguments import PRESETS, DistillationArguments
-from .devices import describe_device, evaluation_mode
-from .errors import ArgumentError, DatasetError, DegreeError, UnsupportedModelError
-from .objectives import Objective, find_objective
-from .plugin_chain import PluginChain
-from .training import Training
-from .training_data import is_stream
-from .training_state import find_checkpoint, make_output_dir
 
 
 logger = logging.get_logger(__name__)
@@ -249,7 +248,7 @@ def hold_out(dataset: Any, count: int, seed: int = 0) -> tuple[Any, Subset]:
 
 def save_agreement(grid: dict, folder: str | Path) -> str:
     """Write an agreement grid as the heat map `agreement.png` into a folder, and return it as a table."""
-    from .visualization import plot_agreement
+    from tocom_hf.visualization import plot_agreement
 
     plot_agreement(grid).savefig(Path(folder) / "agreement.png", dpi=120)
     return format_grid(grid)

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from tocom_hf.devices import evaluation_mode
+from tocom_hf.distillation.objectives import find_objective
+from tocom_hf.errors import ArgumentError, DatasetError
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.plugins.composition import require_scale
-
-from .devices import evaluation_mode
-from .errors import ArgumentError, DatasetError
-from .objectives import find_objective
 
 
 PAPER_SCALES = (0.05, 0.08, 0.1, 0.12, 0.15)

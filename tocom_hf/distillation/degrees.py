@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from .errors import ArgumentError
+from tocom_hf.errors import ArgumentError
 
 
 DegreePair = tuple[int, int]

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 
 from tocom_hf.cost.flops import count_flops
+from tocom_hf.evaluation.degrees import throughput
+from tocom_hf.evaluation.grid import Cell, CellRun, summarize
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.storage.repository import read_json
 from tocom_hf.storage.transaction import write_folder
-
-from .evaluation import throughput
-from .grid import Cell, CellRun, summarize
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from transformers.utils import logging
 
-from .errors import DatasetError
-from .keyed_random import image_keys
+from tocom_hf.distillation.keyed_random import image_keys
+from tocom_hf.errors import DatasetError
 
 
 logger = logging.get_logger(__name__)

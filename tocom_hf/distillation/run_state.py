@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from transformers.utils import logging
 
-from .errors import CheckpointError
+from tocom_hf.errors import CheckpointError
 
 
 logger = logging.get_logger(__name__)

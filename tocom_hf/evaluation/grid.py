@@ -17,13 +17,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
+from tocom_hf.devices import evaluation_mode
+from tocom_hf.distillation.objectives import OBJECTIVES
+from tocom_hf.errors import ArgumentError, DatasetError
+from tocom_hf.evaluation.degrees import plain_merging
 from tocom_hf.model.tocom_model import TocomModel
-
-from .devices import evaluation_mode
-from .errors import ArgumentError, DatasetError
-from .evaluation import plain_merging
-from .objectives import OBJECTIVES
-from .scales import PAPER_SCALES, WIDE_SCALES
+from tocom_hf.scales.choice import PAPER_SCALES, WIDE_SCALES
 
 
 @dataclass(frozen=True)
