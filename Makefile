@@ -16,10 +16,10 @@ test-slow: $(SETUP)  ## the tests that take minutes
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 fuzz: $(SETUP)  ## hostile files and the algebra of plugins, over thousands of drawn cases
-	FUZZ_EXAMPLES=2500 $(BIN)/python -m pytest --hypothesis-show-statistics tests/test_fuzz.py tests/test_properties.py
+	FUZZ_EXAMPLES=2500 $(BIN)/python -m pytest --hypothesis-show-statistics tests/storage/test_hostile_files.py tests/plugins/test_properties.py
 
 faults: $(SETUP)  ## inject every fault anew, and write the table in SECURITY.md
-	$(BIN)/python tests/fault_table.py
+	PYTHONPATH=tests $(BIN)/python -m helpers.fault_table
 
 check: $(SETUP) audit  ## lint, format, types and known vulnerabilities
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from conftest import make_model, make_plugins
+from helpers.models import make_model, make_plugins
 
 from tocom_hf import DistillationArguments, TocomModel, calibrate, distill, evaluate_degrees, fit_scales, pick_scale
 from tocom_hf.devices import evaluation_mode

@@ -1,9 +1,9 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import make_model
+from helpers import reference
+from helpers.models import make_model
 from PIL import Image
 
 from tocom_hf import UnsupportedInputError, UnsupportedModelError, apply_tome, trace_tokens

@@ -1,0 +1,474 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""A distillation gives one result whatever the hardware, and never loses work."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from helpers.distillation import Noise
+from helpers.models import make_model
+from helpers.paths import ROOT
+from PIL import Image
+from safetensors.torch import load_file
+
+from tocom_hf.distillation.distill import DistillationArguments, distill, hold_out
+from tocom_hf.distillation.objectives import OBJECTIVES
+from tocom_hf.errors import ArgumentError, CheckpointError, DatasetError, DistillationError, DistillationInterrupted
+
+
+WORKER = ROOT / "tests" / "helpers" / "distill_worker.py"
+# everything random that there is: dropout, crops, RandAugment, erasing, mixing
+RECIPE = {
+    "max_r": 4, "max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 0.3, "lora_dropout": 0.1,
+    "randaugment_num_ops": 2, "random_erasing": 0.25, "mixup": 0.8, "cutmix": 1.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """52 images with some structure, as a folder of two parquet files."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(52, 3, 6, 6, generator=generator)
+    pixels = (torch.nn.functional.interpolate(coarse, (40, 36), mode="bicubic").clamp(0, 1) * 255).byte()
+    pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
+    for shard in (0, 1):
+        data = datasets.Dataset.from_dict({"image": pictures[26 * shard : 26 * shard + 26]})
+        data.cast_column("image", datasets.Image()).to_parquet(folder / f"train-{shard}.parquet")
+    return str(folder)
+
+
+def command(tmp_path, name, images, processes=1, **settings):
+    """The command that distils, and the folder that the plugin set goes to."""
+    plugins = tmp_path / name
+    arguments = {**RECIPE, **settings.pop("arguments", {})}
+    content = {"images": images, "plugins": str(plugins), "arguments": arguments, **settings}
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(content))
+    launcher = (
+        [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    )
+    return [sys.executable, *launcher, str(WORKER), str(path)], plugins
+
+
+def environment(tmp_path):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return {
+        **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true",
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+    }  # fmt: skip
+
+
+def start(command, tmp_path):
+    return subprocess.Popen(
+        command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process, code=0):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def weights(folder):
+    return {
+        f"{path.parent.name}.{name}": tensor
+        for path in sorted(Path(folder).glob("P_*/*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def distance(one, other):
+    """Relative distance of two plugin sets as a whole."""
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    squares = sum((one[name].double() - other[name].double()).square().sum() for name in one)
+    return float((squares / sum(tensor.double().square().sum() for tensor in one.values())).sqrt())
+
+
+@pytest.fixture(scope="module")
+def one_process(images, tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("one")
+    run, plugins = command(tmp_path, "one", images)
+    finish(start(run, tmp_path))
+    return plugins
+
+
+def test_two_processes_give_what_one_gives(images, one_process, tmp_path):
+    run, plugins = command(tmp_path, "two", images, processes=2, arguments={"per_device_train_batch_size": 4})
+    finish(start(run, tmp_path))
+    assert distance(one_process, plugins) < 1e-4
+
+
+def test_two_machines_give_what_one_gives(images, one_process, tmp_path):
+    """Two launches that only share a network address and the output folder."""
+    run, plugins = command(tmp_path, "machines", images, arguments={"per_device_train_batch_size": 4})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launches = []
+    for rank in (0, 1):
+        launcher = [
+            "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}",
+            "--master_addr=127.0.0.1", f"--master_port={port}",
+        ]  # fmt: skip
+        launches.append(start([run[0], *launcher, *run[1:]], tmp_path))
+    for launch in launches:
+        finish(launch)
+    assert distance(one_process, plugins) < 1e-4
+
+
+def test_sharded_weights_give_what_whole_ones_give(images, one_process, tmp_path):
+    arguments = {"per_device_train_batch_size": 4}
+    run, plugins = command(tmp_path, "sharded", images, processes=2, arguments=arguments, shard=True)
+    finish(start(run, tmp_path))
+    assert distance(one_process, plugins) < 1e-4
+
+
+@pytest.mark.parametrize(("objective", "target_modules"), [("features", None), ("hidden_states", ["all-linear"])])
+def test_what_lies_below_the_head_is_compared_on_sharded_weights(images, tmp_path, objective, target_modules):
+    """Two processes with half of the batch and of the weights each; the model has a head, which is not run."""
+    plugins = []
+    for name, processes, shard in (("whole", 1, False), ("sharded", 2, True)):
+        settings = {
+            "objective": objective,
+            "target_modules": target_modules,
+            "per_device_train_batch_size": 8 // processes,
+        }
+        run, folder = command(tmp_path, name, images, processes=processes, arguments=settings, shard=shard)
+        finish(start(run, tmp_path))
+        plugins.append(folder)
+    assert distance(*plugins) < 1e-4
+
+
+def test_accumulation_gives_what_one_large_batch_gives(images, one_process, tmp_path):
+    arguments = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    run, plugins = command(tmp_path, "accumulated", images, arguments=arguments)
+    finish(start(run, tmp_path))
+    assert distance(one_process, plugins) < 1e-4
+
+
+def test_loading_workers_change_nothing(images, one_process, tmp_path):
+    run, plugins = command(tmp_path, "workers", images, arguments={"dataloader_num_workers": 2})
+    finish(start(run, tmp_path))
+    assert distance(one_process, plugins) == 0
+
+
+def test_a_killed_run_goes_on_bit_for_bit(images, one_process, tmp_path):
+    """kill -9 in the middle of an epoch, behind the last checkpoint."""
+    settings = {"output_dir": str(tmp_path / "run"), "save_steps": 3}
+    run, _ = command(tmp_path, "killed", images, arguments=settings, kill_at=4, signal="SIGKILL")
+    finish(start(run, tmp_path), -signal.SIGKILL)
+    resumed = {**settings, "resume_from_checkpoint": "latest"}
+    run, plugins = command(tmp_path, "resumed", images, arguments=resumed)
+    assert "step 3 of 8" in finish(start(run, tmp_path))
+    assert distance(one_process, plugins) == 0
+
+
+def test_a_stopped_run_of_two_processes_goes_on_with_one(images, one_process, tmp_path):
+    """SIGTERM to one process stops both after the step, with a checkpoint; how many go on does not matter."""
+    settings = {"output_dir": str(tmp_path / "run"), "save_steps": 100}
+    arguments = {**settings, "per_device_train_batch_size": 4}
+    run, _ = command(tmp_path, "stopped", images, processes=2, arguments=arguments, kill_at=4, signal="SIGTERM")
+    assert "DistillationInterrupted: Stopped by SIGTERM after step 6 of 8" in finish(start(run, tmp_path), 1)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-6"]
+    run, plugins = command(tmp_path, "resumed", images, arguments={**settings, "resume_from_checkpoint": "latest"})
+    finish(start(run, tmp_path))
+    assert distance(one_process, plugins) < 1e-4
+
+
+def test_a_killed_run_on_a_stream_goes_on_bit_for_bit(images, tmp_path):
+    settings = {"save_steps": 3, "shuffle_buffer_size": 5}
+
+    def run(name, code=0, kill=None, **extra):
+        arguments = {**settings, **extra}
+        made, plugins = command(tmp_path, name, images, streaming=True, arguments=arguments, **(kill or {}))
+        finish(start(made, tmp_path), code)
+        return plugins
+
+    whole = run("whole")
+    folder = str(tmp_path / "run")
+    run("killed", -signal.SIGKILL, {"kill_at": 7, "signal": "SIGKILL"}, output_dir=folder)
+    rest = run("resumed", output_dir=folder, resume_from_checkpoint="latest")
+    assert distance(whole, rest) == 0
+
+
+# --- in this process ---
+
+
+def arguments(tmp_path=None, **settings):
+    folder = {} if tmp_path is None else {"output_dir": str(tmp_path), "save_steps": 2}
+    plain = {"max_r": 4, "max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 0.3}
+    return DistillationArguments(**{**plain, **folder, **settings})
+
+
+def factors(plugins):
+    adapters = (plugins.adapter(i) for i in range(plugins.config.max_r))
+    return torch.cat([factor.flatten() for adapter in adapters for pair in adapter.values() for factor in pair])
+
+
+def stop_at(monkeypatch, step):
+    """Send SIGINT within a step."""
+    original, calls = torch.optim.AdamW.step, []
+
+    def interrupt(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"ema_decay": 0.7},
+        {"max_grad_norm": 0.01},
+        {"degree_sampler": "antithetic"},
+        {"target_modules": ["all-linear"]},
+    ],
+)
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch, extra):
+    expected = factors(distill(make_model(), Noise(), arguments(**extra)))
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(DistillationInterrupted, match=r"SIGINT after step 4 of 6.*resume_from_checkpoint='latest'"):
+            distill(make_model(), Noise(), arguments(tmp_path, **extra))
+    assert signal.getsignal(signal.SIGINT) is handler
+    resumed = arguments(tmp_path, **extra, resume_from_checkpoint="latest")
+    plugins = distill(make_model(), Noise(), resumed)
+    assert torch.equal(factors(plugins), expected)
+    assert plugins.config.training["steps"] == 6
+    # a run that is done has nothing left to do
+    assert torch.equal(factors(distill(make_model(), Noise(), resumed)), expected)
+
+
+def test_other_settings_are_refused(tmp_path):
+    distill(make_model(), Noise(), arguments(tmp_path))
+    with pytest.raises(CheckpointError, match="rank: 2 in the checkpoint, now 3"):
+        distill(make_model(), Noise(), arguments(tmp_path, resume_from_checkpoint="latest", rank=3))
+    with pytest.raises(CheckpointError, match="model:"):
+        distill(make_model(seed=1), Noise(), arguments(tmp_path, resume_from_checkpoint="latest"))
+    with pytest.raises(CheckpointError, match="num_images: 32 in the checkpoint, now 40"):
+        distill(make_model(), Noise(40), arguments(tmp_path, resume_from_checkpoint="latest"))
+    with pytest.raises(CheckpointError, match="has checkpoints of another run"):
+        distill(make_model(), Noise(), arguments(tmp_path))
+
+
+def test_a_run_from_another_set_is_not_gone_on_with(tmp_path):
+    first, second = (distill(make_model(), Noise(), arguments(seed=seed)) for seed in (1, 2))
+    distill(make_model(), Noise(), arguments(tmp_path), init_plugins=first)
+    resumed = arguments(tmp_path, resume_from_checkpoint="latest")
+    for other in (None, second):
+        with pytest.raises(CheckpointError, match="init_plugins:"):
+            distill(make_model(), Noise(), resumed, init_plugins=other)
+    distill(make_model(), Noise(), resumed, init_plugins=first)
+
+
+def test_machines_that_do_not_share_a_folder_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("tocom_hf.distillation.loop.gather_object", lambda found: [*found, 4])
+    with pytest.raises(CheckpointError, match="a folder that all of them see"):
+        distill(make_model(), Noise(), arguments(tmp_path))
+
+
+def test_where_and_how_often_may_change(tmp_path):
+    distill(make_model(), Noise(), arguments(tmp_path))
+    changed = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_steps": 5, "logging_steps": 1}
+    distill(make_model(), Noise(), arguments(tmp_path, resume_from_checkpoint="latest", **changed))
+
+
+class Poisoned(Noise):
+    """Images of which some are NaN."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.images[bad] = float("nan")
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted():
+    plugins = distill(make_model(), Poisoned([5]), arguments(max_steps=8))
+    assert plugins.config.training["skipped_steps"] == 2  # once in each epoch of four steps
+    assert factors(plugins).isfinite().all()
+    assert plugins.config.training["mean_loss"] < float("inf")
+
+
+def test_such_steps_are_skipped_with_loss_scaling_too():
+    """What fp16 does on a GPU, with torch's loss scaling for CPUs."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    accelerator.native_amp = True
+    accelerator.state._mixed_precision = "fp16"
+    try:
+        plugins = distill(make_model(), Poisoned([5]), arguments(max_steps=8), accelerator)
+    finally:
+        accelerator.state._mixed_precision = "no"
+    assert plugins.config.training["skipped_steps"] == 2
+    assert factors(plugins).isfinite().all()
+
+
+def test_too_many_such_steps_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(DistillationInterrupted):
+            distill(make_model(), Noise(), arguments(tmp_path, save_steps=1))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(DistillationError, match=r"3 steps in a row.*last checkpoint"):
+        distill(
+            make_model(),
+            Poisoned(list(range(32))),
+            arguments(tmp_path, save_steps=1, resume_from_checkpoint="latest", max_nonfinite_steps=3),
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_clipping_changes_only_gradients_above_the_limit():
+    free, clipped = (distill(make_model(), Noise(), arguments(max_grad_norm=limit)) for limit in (None, 1e9))
+    assert torch.equal(factors(free), factors(clipped))
+    assert not torch.equal(factors(free), factors(distill(make_model(), Noise(), arguments(max_grad_norm=1e-9))))
+
+
+def test_the_moving_average_is_that_of_the_formula(monkeypatch):
+    history, original = [], torch.optim.AdamW.step
+
+    def record(self, *args, **kwargs):
+        if not history:
+            history.append([p.detach().clone() for group in self.param_groups for p in group["params"]])
+        original(self, *args, **kwargs)
+        history.append([p.detach().clone() for group in self.param_groups for p in group["params"]])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", record)
+        plugins = distill(make_model(), Noise(), arguments(ema_decay=0.7))
+    expected = [p.double() for p in history[0]]
+    for state in history[1:]:
+        expected = [0.7 * mean + 0.3 * p.double() for mean, p in zip(expected, state, strict=True)]
+    total = sum(p.square().sum() for p in expected)
+    torch.testing.assert_close(factors(plugins).double().square().sum(), total, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradient_checkpointing_changes_nothing(objective):
+    model = make_model()
+    plain = distill(make_model(), Noise(), arguments(objective=objective))
+    recomputed = distill(model, Noise(), arguments(objective=objective, gradient_checkpointing=True))
+    torch.testing.assert_close(factors(recomputed), factors(plain), rtol=1e-4, atol=1e-6)
+    assert not model.is_activation_checkpointing
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate fixes its settings per process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_bfloat16_trains():
+    plugins = distill(make_model(), Noise(), arguments(), Accelerator(cpu=True, mixed_precision="bf16"))
+    assert plugins.config.training["mixed_precision"] == "bf16"
+    assert factors(plugins).isfinite().all()
+
+
+def test_features_of_a_backbone_are_distilled():
+    plugins = distill(make_model().vit, Noise(), arguments(max_steps=40))
+    assert plugins.config.training["objective"] == "features"
+    by_distance = plugins.config.training["loss_by_distance"]
+    assert set(by_distance) == {"1", "2", "3", "4"}
+
+
+def test_hidden_states_are_distilled():
+    """And judged by features, of which the plugins keep more."""
+    settings = {"objective": "hidden_states", "max_steps": 40, "learning_rate": 1.0, "eval_degrees": [0, 4]}
+    plugins = distill(make_model(), Noise(), arguments(**settings), eval_dataset=Noise(8))
+    assert plugins.config.training["objective"] == "hidden_states"
+    grid = plugins.config.training["agreement"]
+    assert grid["plain"][0][0] == pytest.approx(1, abs=1e-5)
+    assert grid["tocom"][0][1] > grid["plain"][0][1]
+
+
+def test_the_grid_is_recorded_and_shows_the_gain():
+    settings = {"max_r": 8, "max_steps": 150, "per_device_train_batch_size": 16, "lora_dropout": 0.0}
+    plugins = distill(make_model().vit, Noise(), arguments(**settings), eval_dataset=Noise())
+    grid = plugins.config.training["agreement"]
+    assert grid["degrees"] == [0, 2, 4, 6, 8]
+    assert grid["images"] == 32
+    assert grid["tocom"][0][4] > grid["plain"][0][4]
+    assert grid["tocom"][4][0] > grid["plain"][4][0]
+    assert all(grid["tocom"][i][i] == grid["plain"][i][i] for i in range(5))
+
+
+def test_plugins_that_do_harm_are_told_of(caplog):
+    settings = {"max_steps": 8, "per_device_train_batch_size": 16, "eval_degrees": [0, 4]}
+    for learning_rate, told in ((0.1, False), (100.0, True)):
+        caplog.clear()
+        plugins = distill(
+            make_model(), Noise(), arguments(**settings, learning_rate=learning_rate), eval_dataset=Noise(8)
+        )
+        grid = plugins.config.training["agreement"]
+        assert (grid["tocom"][0][1] + grid["tocom"][1][0] < grid["plain"][0][1] + grid["plain"][1][0]) == told
+        assert ("Lower learning_rate" in caplog.text) == told
+
+
+def test_trackers_get_the_figures(tmp_path):
+    logged = []
+
+    class Recorder(Accelerator):
+        def log(self, values, step=None, **kwargs):
+            logged.append((step, values))
+
+    distill(
+        make_model(), Noise(48), arguments(logging_steps=2, eval_steps=3), Recorder(cpu=True), eval_dataset=Noise(8)
+    )
+    figures = [values for step, values in logged if "loss" in values]
+    assert [step for step, values in logged if "loss" in values] == [2, 4, 6]
+    assert {"loss", "learning_rate", "grad_norm", "images_per_second", "skipped_steps"} <= figures[-1].keys()
+    assert any(name.startswith("loss/distance_") for name in figures[-1])
+    assert [step for step, values in logged if "agreement/tocom" in values] == [3, 6]
+
+
+def test_holding_out_splits():
+    data = Noise(10)
+    rest, held_out = hold_out(data, 4)
+    assert sorted([*rest.indices, *held_out.indices]) == list(range(10))
+    for count in (0, 10, 11):
+        with pytest.raises(DatasetError, match="hold out"):
+            hold_out(data, count)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*32\)"),
+        ({"seed": 2**63}, "seed must be in"),
+        ({"learning_rate": "1e-3"}, "learning_rate must be a number"),
+        ({"flip": None, "weight_decay": True}, "weight_decay must be a number"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(wrong, message):
+    with pytest.raises(ArgumentError, match=message):
+        arguments(**wrong)
+
+
+def test_contradicting_arguments_are_refused(tmp_path):
+    with pytest.raises(ArgumentError, match="DistillationArguments, not to the Accelerator"):
+        distill(make_model(), Noise(), arguments(), Accelerator(cpu=True, gradient_accumulation_steps=2))
+    with pytest.raises(ArgumentError, match="must be even"):
+        arguments(mixup=0.8, per_device_train_batch_size=7)
+    with pytest.raises(ArgumentError, match="needs output_dir"):
+        arguments(resume_from_checkpoint="latest")
+    with pytest.raises(ArgumentError, match="TrainingImages"):
+        distill(make_model(), Noise(), arguments(randaugment_num_ops=2))

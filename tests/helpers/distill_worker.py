@@ -1,0 +1,64 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Distils a tiny model on a parquet file of images, in one of several processes: `distill_worker.py settings.json`."""
+
+import json
+import os
+import signal
+import sys
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import ViTImageProcessorPil
+
+from helpers.models import make_model
+from tocom_hf.data.images import TrainingImages, load_images
+from tocom_hf.distillation.distill import DistillationArguments, distill
+from tocom_hf.merging.architectures import find_backbone
+
+
+class ShardingAccelerator(Accelerator):
+    """Shards on CPUs as Accelerate does with FSDP, which it offers on GPUs only."""
+
+    @property
+    def distributed_type(self):
+        return DistributedType.FSDP
+
+    def prepare(self, model):
+        for layer in find_backbone(model).layers:
+            fully_shard(layer)
+        fully_shard(model)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        return model
+
+
+def main(settings):
+    images = load_images(settings["images"], streaming=settings.get("streaming", False))
+    dataset = TrainingImages(images, ViTImageProcessorPil(size={"height": 32, "width": 32}))
+    kill_at = settings.get("kill_at")
+    if kill_at is not None:
+        step = torch.optim.AdamW.step
+        calls = []
+
+        def die(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == kill_at + 1:
+                os.kill(os.getpid(), getattr(signal, settings["signal"]))
+            return step(*args, **kwargs)
+
+        torch.optim.AdamW.step = die
+    accelerator = ShardingAccelerator(cpu=True) if settings.get("shard") else Accelerator(cpu=True)
+    plugins = distill(make_model(), dataset, DistillationArguments(**settings["arguments"]), accelerator)
+    if accelerator.is_main_process:
+        plugins.save_pretrained(settings["plugins"])
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # which it waits for its threads in every epoch of a stream
+    with open(sys.argv[1]) as file:
+        main(json.load(file))

@@ -1,0 +1,224 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Every family, every way to run it. Adding a family is one row in `families.py`."""
+
+import copy
+import functools
+import pickle
+import threading
+
+import pytest
+import torch
+from helpers import reference
+from helpers.families import FAMILIES
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from tocom_hf import UnsupportedModelError, apply_tome, remove_tome
+from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.patching import get_schedule
+
+
+pytestmark = pytest.mark.parametrize("family", FAMILIES, ids=str)
+SCHEDULES = [5, 40, [0, 7, 0, 3], (6, -1.0)]
+
+
+def entering_tokens(layers, model, inputs):
+    """The tokens that enter the first layer."""
+    captured = []
+    handle = layers[0].register_forward_pre_hook(lambda module, args: captured.append(args[0]))
+    model(**inputs)
+    handle.remove()
+    return captured[0]
+
+
+@pytest.mark.parametrize("r", SCHEDULES, ids=str)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_layers_equal_the_slow_reference(family, r, implementation):
+    model = family.make().double()
+    model.set_attn_implementation(implementation)
+    inputs = {name: value.double() for name, value in family.inputs(batch=2).items()}
+    layers = model.get_submodule(family.layers)
+    with torch.no_grad():
+        tokens = entering_tokens(layers, model, inputs)
+        apply_tome(model, r)
+        found = model(**inputs, output_hidden_states=True).hidden_states[-1]
+        schedule = get_schedule(model)
+        remove_tome(model)
+        expected, groups = reference.hidden_states(layers, tokens, schedule, family.protected, family.names)
+    if found.shape != expected.shape:
+        expected = reference.restore(expected, groups)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_flash_attention_gets_no_mask_and_the_same_result(family):
+    """Flash kernels take no bias. A stand-in that insists on it shows what they would be given."""
+
+    def kernel(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        assert attention_mask is None
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling)
+        return output.transpose(1, 2), None
+
+    model, inputs = apply_tome(family.make(), 6), family.inputs()
+    expected = family.result(model, inputs)
+    AttentionInterface.register("flash_stand_in", kernel)
+    AttentionMaskInterface.register("flash_stand_in", lambda *args, **kwargs: None)
+    # set_attn_implementation would look for a kernel of that name on the Hub
+    find_backbone(model).module.config._attn_implementation_internal = "flash_stand_in"
+    torch.testing.assert_close(family.result(model, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_flex_attention_is_refused_where_sizes_weigh(family, monkeypatch):
+    """The first layer has no sizes yet, so it runs; a stand-in spares the test its compilation."""
+
+    def kernel(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling)
+        return output.transpose(1, 2), None
+
+    model, inputs = family.make(), family.inputs()
+    expected = family.result(model, inputs)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flex_attention", kernel)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "flex_attention", lambda *args, **kwargs: None)
+    find_backbone(model).module.config._attn_implementation_internal = "flex_attention"
+    torch.testing.assert_close(family.result(apply_tome(model, 0), inputs), expected, rtol=1e-4, atol=1e-5)
+    apply_tome(model, 6)
+    with pytest.raises(UnsupportedModelError, match="sdpa"):
+        family.result(model, inputs)
+
+
+def test_degree_zero_is_the_untouched_model_bit_for_bit(family):
+    model, inputs = family.make(), family.inputs()
+    expected = family.result(model, inputs)
+    assert torch.equal(family.result(apply_tome(model, 0), inputs), expected)
+    assert not torch.equal(family.result(apply_tome(model, 9), inputs).mean(), expected.mean())
+    assert torch.equal(family.result(remove_tome(model), inputs), expected)
+
+
+def test_duplicates_merge_without_a_trace(family):
+    """Groups of four identical tokens: merging them is exact, so every head must give what the dense model gives."""
+    model, inputs = family.make(), family.inputs()
+    layers = model.get_submodule(family.layers)
+    protected = family.protected
+
+    def duplicate(module, args):
+        tokens = args[0].clone()
+        first = torch.arange(protected, tokens.shape[1] - 3, 4)
+        for offset in range(1, 4):
+            tokens[:, first + offset] = tokens[:, first]
+        return (tokens, *args[1:])
+
+    layers[0].register_forward_pre_hook(duplicate)
+    dense = family.result(model, inputs)
+    merged = family.result(apply_tome(model, [32, 16, 0, 0]), inputs)
+    torch.testing.assert_close(merged, dense, rtol=1e-4, atol=1e-4)
+
+
+def test_restored_outputs_keep_their_shape(family):
+    model, inputs = family.make(), family.inputs()
+    dense = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    apply_tome(model, 7, restore=True)
+    assert model(**inputs, output_hidden_states=True).hidden_states[-1].shape == dense.shape
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
+    def gradients(checkpointing):
+        model = apply_tome(family.make(), 6).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        getattr(model(**family.inputs()), family.output).square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, found = gradients(False), gradients(True)
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("copies", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_give_the_same(family, copies):
+    model, inputs = apply_tome(family.make(), 6), family.inputs()
+    assert torch.equal(family.result(copies(model), inputs), family.result(model, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_runs(family, dtype):
+    inputs = family.inputs()
+    model = apply_tome(family.make(), 6).to(dtype)
+    result = family.result(model, {name: value.to(dtype) for name, value in inputs.items()})
+    assert result.dtype == dtype
+    assert result.isfinite().all()
+
+
+def test_autocast_runs(family):
+    model = apply_tome(family.make(), 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert family.result(model, family.inputs()).isfinite().all()
+
+
+def test_an_input_does_not_depend_on_its_batch(family):
+    model = apply_tome(family.make().double(), 6)
+    inputs = {name: value.double() for name, value in family.inputs().items()}
+    together = family.result(model, inputs)
+    alone = [family.result(model, {name: value[i : i + 1] for name, value in inputs.items()}) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-9, atol=1e-9)
+
+
+def test_compiles_as_one_graph_and_once(family):
+    torch._dynamo.reset()
+    model, inputs = apply_tome(family.make(), [6, 0, 5, 3]), family.inputs()
+    # the eager backend shows graph breaks and recompilations as any other, without waiting for a compiler
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(family.result(compiled, inputs), family.result(model, inputs), rtol=1e-5, atol=1e-5)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        other = family.inputs(seed=8)
+        torch.testing.assert_close(family.result(compiled, other), family.result(model, other), rtol=1e-5, atol=1e-5)
+
+
+def test_exports_with_a_dynamic_batch(family):
+    model, inputs = apply_tome(family.make(), 6), family.inputs()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = {name: {0: batch} for name in inputs}
+    with torch.no_grad():
+        exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False).module()
+    other = family.inputs(batch=5)
+    torch.testing.assert_close(family.result(exported, other), family.result(model, other), rtol=1e-5, atol=1e-5)
+
+
+def run_in_threads(calls):
+    """The results of several calls that run at once, three times over."""
+    found = [None] * len(calls)
+
+    def run(index):
+        for _ in range(3):
+            found[index] = calls[index]()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_threads_do_not_disturb_each_other(family):
+    model = apply_tome(family.make(), 6)
+    batches = [family.inputs(batch=2, seed=seed) for seed in range(6)]
+    found = run_in_threads([functools.partial(family.result, model, batch) for batch in batches])
+    for result, batch in zip(found, batches, strict=True):
+        torch.testing.assert_close(result, family.result(model, batch), rtol=1e-5, atol=1e-6)
+
+
+def replicate(module):
+    """What `DataParallel` makes of a module for each device."""
+    replica = module._replicate_for_data_parallel()
+    replica._parameters = dict(module._parameters)
+    replica._modules = {name: child and replicate(child) for name, child in module._modules.items()}
+    return replica
+
+
+def test_replicas_of_data_parallel(family):
+    model = apply_tome(family.make(), 6)
+    batches = [family.inputs(batch=2, seed=seed) for seed in range(2)]
+    replicas = [replicate(model) for _ in batches]
+    calls = [functools.partial(family.result, *pair) for pair in zip(replicas, batches, strict=True)]
+    for result, batch in zip(run_in_threads(calls), batches, strict=True):
+        torch.testing.assert_close(result, family.result(model, batch), rtol=1e-5, atol=1e-6)

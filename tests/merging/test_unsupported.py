@@ -1,0 +1,93 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import torch
+import transformers as hf
+from helpers.families import COMMON, clip, dino
+
+from tocom_hf import UnsupportedModelError, apply_tome
+from tocom_hf.merging.architectures import REASONS
+
+
+def tiny_swin():
+    return hf.SwinModel(hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1], num_heads=[2]))
+
+
+def tiny_beit():
+    return hf.BeitModel(hf.BeitConfig(**COMMON))
+
+
+def tiny_dinov3():
+    return hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**COMMON))
+
+
+def tiny_bert():
+    return hf.BertModel(hf.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9))
+
+
+def depth_model():
+    backbone = dino(hf.Dinov2Config, out_features=["stage1", "stage2", "stage3", "stage4"], reshape_hidden_states=False)
+    sizes = {"reassemble_hidden_size": 32, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
+    return hf.DepthAnythingForDepthEstimation(hf.DepthAnythingConfig(backbone_config=backbone, patch_size=4, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.nn.Linear(2, 2), "Expected a transformers model"),
+        (tiny_swin, "'swin': it attends within windows"),
+        (tiny_beit, "'beit': its attention adds a bias"),
+        (tiny_dinov3, "'dinov3_vit': it rotates"),
+        (tiny_bert, "'bert'. Supported model types: .*vit"),
+        (lambda: hf.CLIPTextModel(clip().text_config), "'clip_text_model'"),
+        (lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**COMMON)), "mask_ratio = 0"),
+        (lambda: hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**COMMON, mask_ratio=0.0)), "decoder needs every token"),
+        (lambda: hf.Dinov2Backbone(dino(hf.Dinov2Config, out_features=["stage2", "stage4"])), "only the last stage"),
+        (depth_model, "only the last stage"),
+    ],
+)
+def test_models_that_cannot_be_merged_soundly_are_refused_with_the_reason(make, message):
+    model = make()
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(UnsupportedModelError, match=message):
+        apply_tome(model, 4)
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_models_that_read_an_inner_layer_are_refused():
+    text = hf.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=100
+    )
+    for layer in (-2, [1, -1]):
+        config = hf.LlavaConfig(
+            vision_config=clip().vision_config, text_config=text, image_token_index=99, vision_feature_layer=layer,
+            vision_feature_select_strategy="full",
+        )  # fmt: skip
+        with pytest.raises(UnsupportedModelError, match="vision_feature_layer"):
+            apply_tome(hf.LlavaForConditionalGeneration(config), 4)
+    config.vision_feature_layer = -1
+    apply_tome(hf.LlavaForConditionalGeneration(config), 4)
+
+
+def test_reasons_name_real_model_types():
+    assert set(REASONS) <= set(hf.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
+
+
+def test_the_text_side_of_clip_is_untouched():
+    model = apply_tome(hf.CLIPModel(clip()).eval(), 4)
+    assert type(model.text_model.encoder.layers[0]) is hf.models.clip.modeling_clip.CLIPEncoderLayer
+    text = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    with torch.no_grad():
+        output = model(**text, pixel_values=torch.randn(2, 3, 32, 32))
+    assert output.logits_per_image.shape == (2, 1)
+
+
+def test_the_last_feature_map_of_a_backbone_keeps_its_grid():
+    model = apply_tome(hf.Dinov2Backbone(dino(hf.Dinov2Config, out_features=["stage4"])).eval(), 4)
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, 32, 32)).feature_maps[0].shape == (2, 32, 8, 8)
+
+
+def test_masked_image_modelling_decodes_every_patch():
+    model = apply_tome(hf.ViTForMaskedImageModeling(hf.ViTConfig(**COMMON, encoder_stride=4)).eval(), 4)
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, 32, 32)).reconstruction.shape == (2, 3, 32, 32)
