@@ -30,9 +30,9 @@ from tocom_hf import apply_tome
 from tocom_hf.devices import describe_device, synchronize
 from tocom_hf.distillation.branches import PluginChain
 from tocom_hf.distillation.degrees import uniform
-from tocom_hf.distillation.distill import SelfDistiller
 from tocom_hf.distillation.keyed_random import image_keys
 from tocom_hf.distillation.objectives import OBJECTIVES
+from tocom_hf.distillation.student import SelfDistiller
 from tocom_hf.merging.architectures import find_backbone
 
 
@@ -111,7 +111,7 @@ class Ours:
 
     def __init__(self, model):
         plugins = PluginChain(find_backbone(model), MAX_R, RANK, SCALE, DROPOUT).to(next(model.parameters()).device)
-        self.distiller = SelfDistiller(model.requires_grad_(False), plugins, OBJECTIVES["logits"])
+        self.distiller = SelfDistiller(find_backbone(model.requires_grad_(False)), plugins, OBJECTIVES["logits"])
         self.parameters, self.step = list(plugins.parameters()), 0
 
     def loss(self, pixel_values, source_r, target_r):

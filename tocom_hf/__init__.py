@@ -12,8 +12,9 @@ from tocom_hf.version import __version__
 
 
 if TYPE_CHECKING:
-    from tocom_hf.cost.calibration import Calibration, DegreeCost, calibrate
+    from tocom_hf.cost.calibration import Calibration, calibrate
     from tocom_hf.cost.flops import count_flops
+    from tocom_hf.cost.timing import DegreeCost
     from tocom_hf.data.images import load_images, with_pixel_values
     from tocom_hf.distillation.arguments import DistillationArguments
     from tocom_hf.distillation.distill import distill
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from tocom_hf.evaluation.degrees import DegreeResult, evaluate_degrees
-    from tocom_hf.merging.patching import apply_tome, remove_tome, trace_tokens
+    from tocom_hf.merging.patching import apply_tome, remove_tome
+    from tocom_hf.merging.tracing import trace_tokens
     from tocom_hf.model.tocom_model import TocomModel
     from tocom_hf.plugins.plugin_set import PluginSet, save_composite
     from tocom_hf.scales.choice import pick_scale
@@ -87,7 +89,7 @@ __all__ = [
 # the module of every public name; all others are errors
 _MODULES = {
     "Calibration": "cost.calibration",
-    "DegreeCost": "cost.calibration",
+    "DegreeCost": "cost.timing",
     "DegreeResult": "evaluation.degrees",
     "DistillationArguments": "distillation.arguments",
     "PluginSet": "plugins.plugin_set",
@@ -104,7 +106,7 @@ _MODULES = {
     "remove_tome": "merging.patching",
     "save_composite": "plugins.plugin_set",
     "tile": "visualization",
-    "trace_tokens": "merging.patching",
+    "trace_tokens": "merging.tracing",
     "with_pixel_values": "data.images",
 }
 

@@ -1,18 +1,11 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""Pictures: merged tokens painted over the image, as in the ToMe paper (figure 4), and agreement grids."""
-
-from typing import TYPE_CHECKING
+"""Pictures of merged tokens, painted over the image as in the ToMe paper (figure 4)."""
 
 import numpy as np
 import torch
 from PIL import Image
 
 from tocom_hf.errors import UnsupportedInputError
-from tocom_hf.plugins.agreement import grid_axes
-
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def paint_groups(
@@ -52,11 +45,14 @@ def paint_groups(
             f"({rows * columns},): one image, without protected tokens."
         )
     cell = max(size // rows, 2 * border + 1)
-    pixels = np.asarray(image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.BICUBIC), float)
-    groups = positions.cpu().numpy().reshape(rows, columns).repeat(cell, 0).repeat(cell, 1)
-    counts = np.maximum(np.bincount(groups.ravel()), 1)
-    means = np.stack([np.bincount(groups.ravel(), pixels[..., c].ravel()) / counts for c in range(3)], axis=-1)
-    painted = means[groups]
+    enlarged = image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
+    pixels = np.asarray(enlarged, float)  # (height, width, 3)
+    patches = positions.cpu().numpy().reshape(rows, columns)
+    groups = patches.repeat(cell, 0).repeat(cell, 1)  # (height, width)
+    counts = np.maximum(np.bincount(groups.ravel()), 1)  # (groups,)
+    sums = [np.bincount(groups.ravel(), pixels[..., channel].ravel()) for channel in range(3)]
+    means = np.stack(sums, axis=-1) / counts[:, None]  # (groups, 3)
+    painted = means[groups]  # (height, width, 3)
     edges = np.zeros(groups.shape, bool)
     for shift in range(1, border + 1):
         edges[shift:] |= groups[shift:] != groups[:-shift]
@@ -90,39 +86,3 @@ def tile(pictures: list[list[Image.Image]], *, gap: int = 4) -> Image.Image:
         for x, picture in enumerate(row):
             sheet.paste(picture, (x * (width + gap), y * (height + gap)))
     return sheet
-
-
-def plot_agreement(grid: dict) -> "Figure":
-    """Heat maps of an agreement grid: without the chain, with it, and what the chain changes.
-
-    Args:
-        grid: `sources`, `degrees`, `plain` and `tocom`, as a plugin set's configuration records them.
-
-    Returns:
-        A matplotlib figure.
-    """
-    from matplotlib.figure import Figure
-
-    sources, degrees = grid_axes(grid)
-    plain, tocom = (100 * np.array(grid[name]) for name in ("plain", "tocom"))
-    change = tocom - plain
-    low, limit = min(plain.min(), tocom.min()), max(abs(change).max(), 1e-6)
-    panels = [
-        ("token merging alone", plain, {"cmap": "viridis", "vmin": low, "vmax": 100}),
-        ("with ToCom", tocom, {"cmap": "viridis", "vmin": low, "vmax": 100}),
-        ("difference", change, {"cmap": "RdBu", "vmin": -limit, "vmax": limit}),
-    ]
-    figure = Figure(figsize=(4 * len(panels), 3.9), layout="constrained")
-    for axis, (title, values, colours) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        figure.colorbar(axis.imshow(values, **colours), ax=axis, shrink=0.8)
-        axis.set(title=title, xlabel="student's degree n", ylabel="teacher's degree m")
-        axis.set_xticks(range(len(degrees)), degrees)
-        axis.set_yticks(range(len(sources)), sources)
-        middle = (colours["vmin"] + colours["vmax"]) / 2
-        for i, j in np.ndindex(values.shape):
-            dark = values[i, j] < middle if title != "difference" else abs(values[i, j]) > 0.7 * limit
-            axis.text(
-                j, i, f"{values[i, j]:.1f}", ha="center", va="center", fontsize=8, color="white" if dark else "black"
-            )
-    figure.suptitle(f"Agreement of student and teacher in %, {grid.get('images', '?')} images held out", fontsize=10)
-    return figure

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from helpers.families import FAMILIES, clip
-from helpers.models import make_model, make_plugins
+from helpers.models import make_model, make_plugins, schedule_of
 from transformers.utils import logging
 
 from tocom_hf import (
@@ -22,7 +22,7 @@ from tocom_hf import (
     calibrate,
     count_flops,
 )
-from tocom_hf.merging.patching import get_schedule
+from tocom_hf.cost import timing
 
 
 def quick(model, **arguments):
@@ -74,7 +74,7 @@ def test_every_family_is_measured_and_given_back_as_it_came(family):
     entering = 64 + family.protected
     assert calibration[2].tokens == tuple(entering - 2 * layer for layer in range(5))
     assert all(cost.images_per_second == pytest.approx(1e3 / cost.latency_ms) for cost in calibration)
-    assert get_schedule(model) is None
+    assert schedule_of(model) is None
     assert torch.equal(family.result(model, inputs), expected)
 
 
@@ -85,7 +85,7 @@ def test_a_merging_model_keeps_its_settings_and_modes(model, pixel_values):
     modes, before = [module.training for module in model.modules()], model(pixel_values).logits
     quick(model)
     assert [module.training for module in model.modules()] == modes
-    assert get_schedule(model) == (1, 2, 3, 4)
+    assert schedule_of(model) == (1, 2, 3, 4)
     assert torch.equal(model(pixel_values).logits, before)
 
 
@@ -140,7 +140,7 @@ def test_the_progress_bar_is_that_of_transformers(model, capsys, enabled):
         quick(model, progress=True)
     finally:
         (logging.enable_progress_bar if was_enabled else logging.disable_progress_bar)()
-    assert ("calibrating 3 degrees: 100%" in capsys.readouterr().err) == enabled
+    assert ("measuring 3 degrees: 100%" in capsys.readouterr().err) == enabled
 
 
 def test_it_moves_to_the_device_and_back(model, monkeypatch):
@@ -279,10 +279,10 @@ def test_a_budget_of_flops_needs_no_calibration(model):
 
 
 def test_a_budget_of_time_is_measured_and_kept_in_a_file(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("tocom_hf.cost.calibration._measure", lambda model, degrees, *rest: times(degrees))
+    monkeypatch.setattr(timing, "time_degrees", lambda example, degrees, **rest: times(degrees))
     path = tmp_path / "calibration.json"
     assert load(model, target_speedup=1.39, calibration=path).target_r == 4
-    monkeypatch.delattr("tocom_hf.cost.calibration._measure")
+    monkeypatch.delattr(timing, "time_degrees")
     assert TocomModel.from_pretrained(model, target_speedup=1.29, calibration=path).target_r == 3
 
 
@@ -313,5 +313,5 @@ def test_a_budget_that_fails_leaves_the_model_as_it_was(model, arguments, error,
     with pytest.raises(error, match=message):
         load(model, **{"calibration": CALIBRATION, **arguments})
     assert not isinstance(model, TocomModel)
-    assert get_schedule(model) is None
+    assert schedule_of(model) is None
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from tocom_hf import ArgumentError
-from tocom_hf.distillation.augmentation import OPERATIONS, Augmentation, beta, erase, mix, rand_augment
+from tocom_hf.distillation.augmentation import OPERATIONS, Augmentation, augment, beta, erase, mix, rand_augment
 from tocom_hf.distillation.keyed_random import image_keys
 
 
@@ -27,20 +27,24 @@ def pixels():
 
 
 def test_an_image_is_augmented_alike_in_every_batch(pixels):
-    whole = FULL(pixels, keys(16), MEAN, STD)
-    parts = [FULL(pixels[i : i + 4], keys(16)[i : i + 4], MEAN, STD) for i in range(0, 16, 4)]
+    whole = augment(pixels, keys(16), FULL, MEAN, STD)
+    parts = [augment(pixels[i : i + 4], keys(16)[i : i + 4], FULL, MEAN, STD) for i in range(0, 16, 4)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
 
 
 def test_epochs_differ(pixels):
-    assert not torch.allclose(FULL(pixels, keys(16), MEAN, STD), FULL(pixels, keys(16, epoch=1), MEAN, STD))
+    assert not torch.allclose(
+        augment(pixels, keys(16), FULL, MEAN, STD), augment(pixels, keys(16, epoch=1), FULL, MEAN, STD)
+    )
 
 
 def test_without_augmentation_images_are_normalised(pixels):
     expected = (pixels.double() / 255 - MEAN[:, None, None]) / STD[:, None, None]
-    torch.testing.assert_close(Augmentation()(pixels, keys(16), MEAN, STD).double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        augment(pixels, keys(16), Augmentation(), MEAN, STD).double(), expected, rtol=0, atol=1e-5
+    )
     finished = torch.randn(4, 3, 8, 8)
-    assert torch.equal(Augmentation()(finished, keys(4), None, None), finished)
+    assert torch.equal(augment(finished, keys(4), Augmentation(), None, None), finished)
 
 
 # every operation of RandAugment at a strength of 0.6, by PIL

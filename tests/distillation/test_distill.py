@@ -20,8 +20,9 @@ from tocom_hf import (
     apply_tome,
 )
 from tocom_hf.distillation.branches import PluginChain
-from tocom_hf.distillation.distill import DistillationArguments, SelfDistiller, distill
+from tocom_hf.distillation.distill import DistillationArguments, distill
 from tocom_hf.distillation.objectives import OBJECTIVES
+from tocom_hf.distillation.student import SelfDistiller
 from tocom_hf.merging.architectures import find_backbone
 
 
@@ -41,7 +42,8 @@ def test_the_loss_is_kl_of_the_plain_teacher_and_the_composed_student(source_r, 
     model = make_model()
     chain = trained_chain(model)
     objective = OBJECTIVES["logits"]
-    distiller = SelfDistiller(model.requires_grad_(False), chain, objective, proportional_attention=proportional)
+    backbone = find_backbone(model.requires_grad_(False))
+    distiller = SelfDistiller(backbone, chain, objective, proportional_attention=proportional)
     loss = distiller.loss(pixel_values, source_r, target_r)
     expected = expected_loss(chain, pixel_values, source_r, target_r, proportional)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
@@ -50,7 +52,8 @@ def test_the_loss_is_kl_of_the_plain_teacher_and_the_composed_student(source_r, 
 def test_only_plugins_between_the_degrees_get_gradients(pixel_values):
     model = make_model()
     chain = trained_chain(model)
-    SelfDistiller(model.requires_grad_(False), chain, OBJECTIVES["logits"]).loss(pixel_values, 3, 1).backward()
+    distiller = SelfDistiller(find_backbone(model.requires_grad_(False)), chain, OBJECTIVES["logits"])
+    distiller.loss(pixel_values, 3, 1).backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     for layer in chain.layers:
         for factor in (*layer.lora_A.grad, *layer.lora_B.grad):

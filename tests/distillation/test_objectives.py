@@ -39,7 +39,7 @@ def test_features_are_compared_by_their_angle():
 def test_features_of_every_family_have_length_one(family):
     model, inputs = family.make(), family.inputs()
     images = next(value for name, value in inputs.items() if name in ("pixel_values", "input_values"))
-    features = OBJECTIVES["features"].outputs(model, images)
+    features = OBJECTIVES["features"].outputs(find_backbone(model), images)
     assert features.shape[0] == 3
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(features.shape[:2]))
 
@@ -51,7 +51,7 @@ def test_features_are_what_the_head_of_dinov2_reads():
     model.classifier.register_forward_pre_hook(lambda module, args: read.append(args[0]))
     model(**inputs)
     class_token, mean = read[0].chunk(2, dim=-1)
-    features = OBJECTIVES["features"].outputs(model, inputs["pixel_values"])
+    features = OBJECTIVES["features"].outputs(find_backbone(model), inputs["pixel_values"])
     torch.testing.assert_close(features[:, 0], F.normalize(class_token, dim=-1))
     torch.testing.assert_close(features[:, 1], F.normalize(mean, dim=-1))
 
@@ -59,12 +59,12 @@ def test_features_are_what_the_head_of_dinov2_reads():
 def test_features_of_mae_do_not_depend_on_its_random_shuffling():
     family = by_class(hf.ViTMAEModel)
     model, images = family.make(), family.inputs()["pixel_values"]
-    features = [OBJECTIVES["features"].outputs(model, images) for _ in range(2)]
+    features = [OBJECTIVES["features"].outputs(find_backbone(model), images) for _ in range(2)]
     assert torch.equal(*features)
 
 
 def test_images_of_another_size_are_taken_where_the_model_can():
-    features = OBJECTIVES["features"].outputs(make_model(), torch.randn(2, 3, 48, 48))
+    features = OBJECTIVES["features"].outputs(find_backbone(make_model()), torch.randn(2, 3, 48, 48))
     assert features.shape == (2, 1, 32)
 
 
@@ -104,7 +104,9 @@ def test_hidden_states_are_compared_over_the_groups_of_the_coarser_side(source_r
     torch.manual_seed(1)
     model = model_class(config).eval().double()
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    sides = [OBJECTIVES["hidden_states"].outputs(apply_tome(model, r), images) for r in (source_r, target_r)]
+    sides = [
+        OBJECTIVES["hidden_states"].outputs(find_backbone(apply_tome(model, r)), images) for r in (source_r, target_r)
+    ]
     features, layers = zip(*(states_of(model, images, r) for r in (source_r, target_r)), strict=True)
     if protected == 2:
         features = [side.features for side in sides]  # those of DeiT are tested above
@@ -121,7 +123,7 @@ def test_hidden_states_of_every_family_differ_between_degrees_only(family):
     model, inputs = family.make(), family.inputs()
     images = next(value for name, value in inputs.items() if name in ("pixel_values", "input_values"))
     objective = OBJECTIVES["hidden_states"]
-    teacher, same, student = (objective.outputs(apply_tome(model, r), images) for r in (0, 0, 2))
+    teacher, same, student = (objective.outputs(find_backbone(apply_tome(model, r)), images) for r in (0, 0, 2))
     assert len(teacher.layers) == len(find_backbone(model).layers) - 1
     assert objective.loss(teacher, same) == 0
     assert objective.loss(teacher, student) > 0
@@ -133,7 +135,7 @@ def test_hidden_states_are_a_mean_over_images():
     objective = OBJECTIVES["hidden_states"]
 
     def loss(part):
-        teacher, student = (objective.outputs(apply_tome(model, r), images[part]) for r in (0, 3))
+        teacher, student = (objective.outputs(find_backbone(apply_tome(model, r)), images[part]) for r in (0, 3))
         return objective.loss(teacher, student)
 
     torch.testing.assert_close(loss(slice(0, 4)), (loss(slice(0, 1)) + 3 * loss(slice(1, 4))) / 4)
@@ -158,5 +160,7 @@ def test_models_that_can_are_asked_to_interpolate_positions(family):
     """Also where the configuration has its image size in a part of it, as SigLIP's."""
     model = family.make()
     takes_any_size = "interpolate_pos_encoding" in inspect.signature(type(model).forward).parameters
-    assert ("interpolate_pos_encoding" in model_inputs(model, torch.zeros(1, 3, 48, 48))) == takes_any_size
-    assert "interpolate_pos_encoding" not in model_inputs(model, torch.zeros(1, 3, 32, 32))
+    assert (
+        "interpolate_pos_encoding" in model_inputs(model, find_backbone(model), torch.zeros(1, 3, 48, 48))
+    ) == takes_any_size
+    assert "interpolate_pos_encoding" not in model_inputs(model, find_backbone(model), torch.zeros(1, 3, 32, 32))

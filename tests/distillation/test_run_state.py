@@ -6,17 +6,17 @@ import json
 import pytest
 import torch
 
-from tocom_hf.distillation.run_state import STATE_FILE, TENSOR_FILE, Checkpoint, find_checkpoint, list_checkpoints
+from tocom_hf.distillation.run_state import STATE_FILE, TENSOR_FILE, RunState, find_state, list_checkpoints
 from tocom_hf.errors import CheckpointError
 
 
 def make(step, **settings):
-    return Checkpoint(step, {"max_r": 4, "seed": 0, **settings}, {"a": torch.arange(4.0) + step}, {"skipped": 0})
+    return RunState(step, {"max_r": 4, "seed": 0, **settings}, {"a": torch.arange(4.0) + step}, {"skipped": 0})
 
 
 def test_checkpoints_come_back_as_they_were(tmp_path):
     path = make(7).save(tmp_path, keep=2)
-    loaded = Checkpoint.load(path)
+    loaded = RunState.load(path)
     assert (loaded.step, loaded.settings, loaded.progress) == (7, {"max_r": 4, "seed": 0}, {"skipped": 0})
     assert torch.equal(loaded.tensors["a"], torch.arange(4.0) + 7)
 
@@ -35,10 +35,10 @@ def test_what_is_written_after_a_fall_back_is_kept(tmp_path):
     (tmp_path / "checkpoint-200" / TENSOR_FILE).write_bytes(b"")
     for step in (150, 180):
         make(step).save(tmp_path, keep=1)
-        assert find_checkpoint(tmp_path, "latest")[1].step == step
+        assert find_state(tmp_path, "latest")[1].step == step
     make(200).save(tmp_path, keep=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-200"]
-    assert find_checkpoint(tmp_path, "latest")[1].step == 200
+    assert find_state(tmp_path, "latest")[1].step == 200
 
 
 def test_an_interrupted_save_leaves_no_checkpoint(tmp_path, monkeypatch):
@@ -47,9 +47,9 @@ def test_an_interrupted_save_leaves_no_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         make(2).save(tmp_path, keep=2)
     monkeypatch.undo()
-    assert find_checkpoint(tmp_path, "latest")[1].step == 1
+    assert find_state(tmp_path, "latest")[1].step == 1
     make(2).save(tmp_path, keep=2)  # over what the interrupted one left
-    assert find_checkpoint(tmp_path, "latest")[1].step == 2
+    assert find_state(tmp_path, "latest")[1].step == 2
 
 
 DAMAGES = {
@@ -68,22 +68,22 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path,
     make(1).save(tmp_path, keep=3)
     DAMAGES[damage](make(2).save(tmp_path, keep=3))
     with caplog.at_level("WARNING"):
-        path, checkpoint = find_checkpoint(tmp_path, "latest")
+        path, checkpoint = find_state(tmp_path, "latest")
     assert (path.name, checkpoint.step) == ("checkpoint-1", 1)
     assert "checkpoint-2" in caplog.text
     with pytest.raises(CheckpointError, match="checkpoint-2"):
-        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-2"))
+        find_state(tmp_path, str(tmp_path / "checkpoint-2"))
     DAMAGES[damage](tmp_path / "checkpoint-1")
     with pytest.raises(CheckpointError, match="None of the 2 checkpoints"):
-        find_checkpoint(tmp_path, "latest")
+        find_state(tmp_path, "latest")
 
 
 def test_no_checkpoint_means_to_start_and_an_unwanted_one_is_an_error(tmp_path):
-    assert find_checkpoint(tmp_path / "new", "latest") is None
-    assert find_checkpoint(tmp_path / "new", None) is None
+    assert find_state(tmp_path / "new", "latest") is None
+    assert find_state(tmp_path / "new", None) is None
     make(1).save(tmp_path, keep=1)
     with pytest.raises(CheckpointError, match="resume_from_checkpoint='latest'"):
-        find_checkpoint(tmp_path, None)
+        find_state(tmp_path, None)
 
 
 def test_other_settings_are_refused_with_what_differs(tmp_path):

@@ -12,6 +12,7 @@ from transformers import (
 
 from tocom_hf import PluginSet
 from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.patching import get_settings
 from tocom_hf.plugins.composition import Factors
 from tocom_hf.plugins.config import BackboneFacts, PluginSetConfig
 
@@ -58,3 +59,9 @@ def describe(model):
     """Everything of a model that patching could leave behind: classes, attributes and hooks of every module."""
     return [(name, type(module), set(module.__dict__), len(module._forward_pre_hooks), len(module._forward_hooks))
             for name, module in model.named_modules()]  # fmt: skip
+
+
+def schedule_of(model):
+    """How many tokens each layer of a model merges, or `None` where it is not patched."""
+    settings = get_settings(find_backbone(model))
+    return None if settings is None else settings.schedule

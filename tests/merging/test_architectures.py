@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers import reference
 from helpers.families import FAMILIES
+from helpers.models import schedule_of
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from tocom_hf import UnsupportedModelError, apply_tome, remove_tome
 from tocom_hf.merging.architectures import find_backbone
-from tocom_hf.merging.patching import get_schedule
 
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -41,7 +41,7 @@ def test_layers_equal_the_slow_reference(family, r, implementation):
         tokens = entering_tokens(layers, model, inputs)
         apply_tome(model, r)
         found = model(**inputs, output_hidden_states=True).hidden_states[-1]
-        schedule = get_schedule(model)
+        schedule = schedule_of(model)
         remove_tome(model)
         expected, groups = reference.hidden_states(layers, tokens, schedule, family.protected, family.names)
     if found.shape != expected.shape:

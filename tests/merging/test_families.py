@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.families import FAMILIES
-from helpers.models import make_model, make_plugins
+from helpers.models import make_model, make_plugins, schedule_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import nn
@@ -29,7 +29,6 @@ from transformers.utils import logging
 
 from tocom_hf import PluginSet, TocomModel, UnsupportedModelError, apply_tome
 from tocom_hf.merging.architectures import find_backbone
-from tocom_hf.merging.patching import get_schedule
 
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})
@@ -310,7 +309,7 @@ def test_an_unmerged_lora_is_refused_with_the_remedy(model, plugins):
         TocomModel.from_pretrained(wrapped, plugins=plugins, source_r=0, target_r=4)
     with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
         TocomModel.from_pretrained(wrapped.base_model.model, plugins=plugins, source_r=0, target_r=4)
-    assert get_schedule(model) is None
+    assert schedule_of(model) is None
 
 
 def test_an_adapter_of_transformers_is_refused_with_the_remedy(model, plugins):

@@ -8,7 +8,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from helpers import reference
 from helpers.families import FAMILIES
-from helpers.models import MODEL_CLASSES, describe, make_model
+from helpers.models import MODEL_CLASSES, describe, make_model, schedule_of
 from transformers import Dinov2Config, Dinov2Model, ViTMAEModel, ViTModel
 
 from tocom_hf import (
@@ -20,7 +20,6 @@ from tocom_hf import (
     apply_tome,
     remove_tome,
 )
-from tocom_hf.merging.patching import get_schedule
 
 
 def test_without_proportional_attention(model, pixel_values):
@@ -90,7 +89,7 @@ def test_a_second_apply_changes_the_degree(model, pixel_values):
     apply_tome(apply_tome(model, 2), 7)
     with torch.no_grad():
         assert torch.equal(model(pixel_values).logits, fresh(pixel_values).logits)
-    assert get_schedule(model) == (7, 7, 7, 7)
+    assert schedule_of(model) == (7, 7, 7, 7)
 
 
 def test_a_second_apply_keeps_the_kind_of_attention(model, pixel_values):

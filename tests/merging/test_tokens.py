@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tocom_hf import DegreeError
 from tocom_hf.merging.schedule import clamp_r, resolve_schedule, tokens_per_layer
-from tocom_hf.merging.tokens import extend_heads, match_tokens, merge_tokens, plan_merge, proportional_bias
+from tocom_hf.merging.tokens import extend_heads, match_tokens, merge_tokens, proportional_bias, weigh_merge
 
 
 def merge_twice(metric, hidden_states, r, protected):
@@ -17,7 +17,7 @@ def merge_twice(metric, hidden_states, r, protected):
         degree = clamp_r(r, hidden_states.shape[1], protected)
         if degree:
             plan = match_tokens(metric, degree, protected)
-            merge = plan_merge(plan, sizes)
+            merge = weigh_merge(plan, sizes)
             sizes = merge.sizes
             hidden_states, metric = merge_tokens(hidden_states, merge), merge_tokens(metric, merge)
         results.append((hidden_states, sizes))
@@ -69,7 +69,7 @@ def test_ties_lose_no_token(tokens, protected):
     if r == 0:
         return
     plan = match_tokens(metric, r, protected)
-    merge = plan_merge(plan, None)
+    merge = weigh_merge(plan, None)
     sizes, merged = merge.sizes, merge_tokens(hidden_states, merge)
     assert merged.shape[1] == sizes.shape[1] == tokens - r
     assert (sizes.sum(1) == tokens).all()
@@ -81,7 +81,7 @@ def test_ties_lose_no_token(tokens, protected):
 
 def test_zero_keys_do_not_make_nan():
     metric, hidden_states = torch.zeros(1, 9, 4), torch.randn(1, 9, 3)
-    merge = plan_merge(match_tokens(metric, 3, 1), None)
+    merge = weigh_merge(match_tokens(metric, 3, 1), None)
     assert merge_tokens(hidden_states, merge).isfinite().all()
 
 
@@ -104,7 +104,7 @@ def test_autocast_does_not_round_the_comparison():
 
 def test_gradients_of_merging_are_those_of_the_weighted_mean():
     metric = torch.randn(2, 11, 4, generator=torch.Generator().manual_seed(0))
-    merge = plan_merge(match_tokens(metric, 4, 1), None)
+    merge = weigh_merge(match_tokens(metric, 4, 1), None)
     merge = merge._replace(share=merge.share.double())
     hidden_states = torch.randn(2, 11, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: merge_tokens(x, merge), (hidden_states,))

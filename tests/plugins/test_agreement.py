@@ -1,13 +1,14 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """The agreement grid counts what the formula says."""
 
+import json
+
 import pytest
 import torch
 
 from tocom_hf.devices import float64_device
 from tocom_hf.distillation.agreement import agreement_sums
-from tocom_hf.plugins.agreement import agreement_grid, format_grid, mean_agreement
-from tocom_hf.visualization import plot_agreement
+from tocom_hf.plugins.agreement import AgreementGrid
 
 
 DEGREES = [0, 2, 5]
@@ -25,22 +26,21 @@ def agreement(teacher, student):
 
 def grid(sources=DEGREES):
     batches = [torch.arange(5), torch.arange(5, 9)]
-    return agreement_grid(
-        agreement_sums(run, agreement, batches, sources, DEGREES, torch.device("cpu")), sources, DEGREES
-    )
+    sums = agreement_sums(run, agreement, batches, sources, DEGREES, torch.device("cpu"))
+    return AgreementGrid.from_sums(sums, sources, DEGREES)
 
 
 def test_cells_are_means_over_images():
     result = grid()
-    assert result["degrees"] == DEGREES
-    assert result["images"] == 9
+    assert result.degrees == DEGREES
+    assert result.images == 9
     for i, m in enumerate(DEGREES):
         for j, n in enumerate(DEGREES):
             plain = [float((image + m) % 7 == (image + n) % 7) for image in range(9)]
             chain = n if m == n else (m + n) // 2
             tocom = [float((image + m) % 7 == (image + chain) % 7) for image in range(9)]
-            assert result["plain"][i][j] == sum(plain) / 9
-            assert result["tocom"][i][j] == sum(tocom) / 9
+            assert result.plain[i][j] == sum(plain) / 9
+            assert result.tocom[i][j] == sum(tocom) / 9
 
 
 def test_sums_of_processes_add_up():
@@ -48,36 +48,57 @@ def test_sums_of_processes_add_up():
         agreement_sums(run, agreement, [images], DEGREES, DEGREES, torch.device("cpu"))
         for images in (torch.arange(4), torch.arange(4, 9))
     ]
-    assert agreement_grid(parts[0] + parts[1], DEGREES, DEGREES) == grid()
+    assert AgreementGrid.from_sums(parts[0] + parts[1], DEGREES, DEGREES) == grid()
 
 
 def test_a_grid_may_have_one_teacher(tmp_path):
     whole, row = grid(), grid(sources=[2])
-    assert (row["sources"], row["degrees"]) == ([2], DEGREES)
-    assert (row["plain"], row["tocom"]) == (whole["plain"][1:2], whole["tocom"][1:2])
-    assert len(format_grid(row).splitlines()) == 2
-    plot_agreement(row).savefig(tmp_path / "agreement.png")
+    assert (row.sources, row.degrees) == ([2], DEGREES)
+    assert (row.plain, row.tocom) == (whole.plain[1:2], whole.tocom[1:2])
+    assert len(str(row).splitlines()) == 2
+    row.plot().savefig(tmp_path / "agreement.png")
 
 
 def test_grids_recorded_before_rows_had_a_name_are_square():
-    old = {name: value for name, value in grid().items() if name != "sources"}
-    assert format_grid(old) == format_grid(grid())
+    old = {name: value for name, value in grid().to_dict().items() if name != "sources"}
+    assert AgreementGrid.from_dict(old) == grid()
+
+
+def test_a_grid_survives_being_recorded():
+    recorded = json.loads(json.dumps(grid().to_dict()))
+    assert AgreementGrid.from_dict(recorded) == grid()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"degrees": None},
+        {"degrees": [0, "2", 4]},
+        {"sources": [True]},
+        {"plain": [[1.0]]},
+        {"tocom": [[2.0] * 3] * 3},
+        {"tocom": [[float("nan")] * 3] * 3},
+    ],
+)
+def test_what_is_no_grid_is_refused(change):
+    with pytest.raises(ValueError, match="agreement grid"):
+        AgreementGrid.from_dict({**grid().to_dict(), **change})
 
 
 def test_the_table_shows_every_cell():
-    lines = format_grid(grid()).splitlines()
+    lines = str(grid()).splitlines()
     assert len(lines) == 4
     assert lines[1].count("100.00>100.00") == 1
 
 
 def test_the_mean_leaves_out_pairs_of_the_same_degree():
     one_source = {"sources": [2], "degrees": [0, 2, 4], "plain": [[0.5, 1.0, 0.7]], "tocom": [[0.7, 1.0, 0.9]]}
-    assert mean_agreement(one_source) == pytest.approx((0.6, 0.8))
-    assert mean_agreement({"degrees": [0], "plain": [[1.0]], "tocom": [[1.0]]}) is None
+    assert AgreementGrid(**one_source).means() == pytest.approx((0.6, 0.8))
+    assert AgreementGrid([0], [0], [[1.0]], [[1.0]]).means() is None
 
 
 def test_the_heat_map_has_three_panels(tmp_path):
-    figure = plot_agreement(grid())
+    figure = grid().plot()
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles == ["token merging alone", "with ToCom", "difference"]
     figure.savefig(tmp_path / "agreement.png")

@@ -22,8 +22,8 @@ from tocom_hf import (
     distill,
 )
 from tocom_hf.distillation.branches import PluginChain
-from tocom_hf.distillation.distill import SelfDistiller
 from tocom_hf.distillation.objectives import OBJECTIVES
+from tocom_hf.distillation.student import SelfDistiller
 from tocom_hf.merging.architectures import find_backbone
 from tocom_hf.plugins.cards import plugin_set_card
 
@@ -119,7 +119,7 @@ def test_the_loss_is_that_of_the_plain_teacher_and_the_composed_student(names, s
     chain = PluginChain(backbone, 4, 2, 0.1, 0.0, backbone.find_target_modules(names))
     for parameter in chain.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    distiller = SelfDistiller(model.requires_grad_(False), chain, OBJECTIVES["logits"])
+    distiller = SelfDistiller(find_backbone(model.requires_grad_(False)), chain, OBJECTIVES["logits"])
     loss = distiller.loss(pixel_values, source_r, target_r)
     expected = expected_loss(chain, pixel_values, source_r, target_r)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)

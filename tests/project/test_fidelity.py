@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from tocom_hf import PluginSet, TocomModel
+from tocom_hf.cost.timing import DegreeCost
 from tocom_hf.data.tasks import load_labelled
 from tocom_hf.evaluation.grid import CellRun
-from tocom_hf.evaluation.reports import Cost, Report
+from tocom_hf.evaluation.reports import Report
 
 
 FOLDER = ROOT / "benchmarks" / "fidelity"
@@ -88,7 +89,9 @@ def test_the_summary_joins_seeds(tmp_path):
     for seed in (0, 1):
         for r in (0, 4):
             runs = [make_run(r, r, seed, 0.9), make_run(r, 4 - r, seed, 0.5, 0.7)]
-            report = Report({"dataset": "x", "checkpoints": [""]}, runs, [Cost(0, 2e9), Cost(4, 1e9)])
+            report = Report(
+                {"dataset": "x", "checkpoints": [""]}, runs, [DegreeCost(0, (), 2.0), DegreeCost(4, (), 1.0)]
+            )
             for task in ("count", "fitted-count"):
                 report.save(run.grid(tmp_path, task, r, seed))
     tasks = ["count", "fitted-count", "not there"]
@@ -118,7 +121,7 @@ def test_rows_without_a_checkpoint_at_the_target_have_no_gap_to_sum(tmp_path):
     import run
 
     runs = [make_run(4, 4, 0, 0.9), make_run(4, 0, 0, 0.5, 0.7)]
-    Report({"dataset": "x", "checkpoints": [""]}, runs, [Cost(0, 2e9), Cost(4, 1e9)]).save(
+    Report({"dataset": "x", "checkpoints": [""]}, runs, [DegreeCost(0, (), 2.0), DegreeCost(4, (), 1.0)]).save(
         run.grid(tmp_path, "count", 4, 0)
     )
     run.tabulate({"degrees": [0, 4]}, tmp_path, tmp_path / "results", ["count"], [0])
@@ -474,7 +477,7 @@ def test_what_is_published_records_the_figures_of_the_study(tmp_path, monkeypatc
         CellRun("0", 0, 0, plain, {}, {}, (), {}),
         CellRun("0", 0, 4, plain, tocom, {"paper": 0.1}, (-0.1, 0.1), {}),
     ]
-    report = Report({"dataset": "count", "checkpoints": [""]}, runs, [Cost(0, 2e9), Cost(4, 1e9)])
+    report = Report({"dataset": "count", "checkpoints": [""]}, runs, [DegreeCost(0, (), 2.0), DegreeCost(4, (), 1.0)])
     report.save(tmp_path / "grids" / "count" / "r0-seed0")
     arguments = {
         "backbone": CHECKPOINT, "study": tmp_path, "task": "count", "base_model": "vit", "num_test_images": 5,

@@ -3,10 +3,7 @@
 
 import contextlib
 import json
-import math
 import os
-import statistics
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +14,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from tocom_hf.cost.budget import Budget
-from tocom_hf.cost.flops import Example, count, count_flops
-from tocom_hf.devices import describe_device, evaluation_mode, synchronize
+from tocom_hf.cost.flops import Example
+from tocom_hf.cost.timing import DegreeCost, measure_costs
+from tocom_hf.devices import describe_device, evaluation_mode
 from tocom_hf.errors import ArgumentError, BudgetError, CalibrationError, DegreeError
+from tocom_hf.extras import require_extras
 from tocom_hf.merging.architectures import Backbone, find_backbone
-from tocom_hf.merging.patching import merging_at
 from tocom_hf.merging.schedule import require_degree
 
 
@@ -29,38 +27,6 @@ from tocom_hf.merging.schedule import require_degree
 logger = logging.get_logger(f"transformers.{__name__}")
 
 _DEFAULT_MAX_R = 16  # the paper's, for models without a plugin set
-
-
-@dataclass(frozen=True)
-class DegreeCost:
-    """What one degree costs. One row of a `Calibration`.
-
-    Attributes:
-        target_r: Tokens merged per layer.
-        tokens: Tokens after each layer; the first entry is what enters the first layer.
-        gflops: 10^9 floating-point operations per image as `torch.utils.flop_counter` counts them: a multiply-add is
-            two. Papers that count multiply-adds report half.
-        latency_ms: Milliseconds for one batch, the median over rounds.
-        images_per_second: Batch size over latency.
-        speedup: Over degree 0, the median of the ratios within each round.
-
-    Example:
-
-    ```python
-    >>> from tocom_hf import DegreeCost
-    >>> cost = DegreeCost(8, (50, 42, 34), gflops=1.5, latency_ms=20.0, images_per_second=400.0, speedup=1.6)
-    >>> cost.tokens[-1]
-    34
-
-    ```
-    """
-
-    target_r: int
-    tokens: tuple[int, ...]
-    gflops: float
-    latency_ms: float
-    images_per_second: float
-    speedup: float
 
 
 @dataclass(frozen=True)
@@ -142,7 +108,7 @@ class Calibration:
         budget = Budget.of(target_speedup, target_latency_ms, target_gflops)
         if budget is None:
             raise BudgetError("Give one of target_speedup, target_latency_ms and target_gflops.")
-        allowed = set(self.degrees if degrees is None else degrees)
+        allowed = {*self.degrees} if degrees is None else {*degrees}
         figures = {cost.target_r: getattr(cost, budget.field) for cost in self.costs if cost.target_r in allowed}
         return budget.choose(figures, f"batch size {self.batch_size}, input {_times(self.input_size)}, {self.device}")
 
@@ -168,12 +134,17 @@ class Calibration:
         Returns:
             The `matplotlib.figure.Figure`.
         """
-        from matplotlib.figure import Figure
+        with require_extras("Calibration.plot"):
+            from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 4), layout="constrained")
-        axes, degrees, dense = figure.subplots(), self.degrees, self.costs[0]
-        axes.plot(degrees, [dense.gflops / cost.gflops for cost in self], "k:", label="FLOP ratio")
-        axes.plot(degrees, [cost.speedup for cost in self], "o-", color="tab:blue", label="measured")
+        axes = figure.subplots()
+        degrees = self.degrees
+        dense = self.costs[0]
+        flop_ratios = [dense.gflops / cost.gflops for cost in self]
+        speedups = [cost.speedup for cost in self]
+        axes.plot(degrees, flop_ratios, "k:", label="FLOP ratio")
+        axes.plot(degrees, speedups, "o-", color="tab:blue", label="measured")
         axes.set(xlabel="tokens merged per layer, r", ylabel="speed-up over r = 0")
         axes.set_title(f"{self.device}, batch {self.batch_size}, {self.dtype}", fontsize=9)
         axes.set_xticks(degrees)
@@ -205,6 +176,8 @@ class Calibration:
             str(calibration)  # formats every figure, so that one of a wrong type is found here
             if 0 not in calibration.degrees:
                 raise ValueError("no degree 0")
+            if not all(cost.timed for cost in costs):
+                raise ValueError("a degree without times")
         except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise CalibrationError(
                 f"{path} does not hold a calibration ({type(error).__name__}: {error}). Delete it and calibrate again."
@@ -263,16 +236,14 @@ def calibrate(
     ```
     """
     backbone = find_backbone(model)
-    plugins = getattr(model, "plugins", None)
     if degrees is None:
-        first, last = (0, _DEFAULT_MAX_R) if plugins is None else (plugins.config.min_r, plugins.config.max_r)
-        degrees = range(first, last + 1)
+        degrees = _degrees_of(model)
     degrees = sorted({0, *(require_degree(degree, "degrees") for degree in degrees)})
     if require_degree(batch_size, "batch_size") < 1:
         raise ArgumentError("batch_size must be at least 1.")
     before = next(model.parameters()).device
     target = before if device is None else torch.device(device)
-    example = Example.of(model, image_size, batch_size)
+    example = Example.of(backbone, image_size, batch_size)
     settings: dict[str, Any] = {
         "model": _shape_of(backbone),
         "input_size": tuple(example.batch.shape[1:]),
@@ -284,7 +255,8 @@ def calibrate(
     }
     if cache_file is not None and Path(cache_file).exists():
         known = Calibration.from_json_file(cache_file)
-        if all(getattr(known, key) == value for key, value in settings.items()) and {*degrees} <= {*known.degrees}:
+        same_settings = all(getattr(known, key) == value for key, value in settings.items())
+        if same_settings and {*degrees} <= {*known.degrees}:
             return known
         logger.warning(f"{cache_file} was made under other settings, so it is measured anew and replaced.")
     with contextlib.ExitStack() as stack:
@@ -293,32 +265,20 @@ def calibrate(
             stack.callback(model.to, before)  # type: ignore[arg-type]
             model.to(target)  # type: ignore[arg-type]
         example = example._replace(batch=example.batch.to(target))
-        static = {degree: count(model, degree, example) for degree in degrees}
-        times = _measure(model, degrees, example, seconds, progress)
-    costs = tuple(
-        DegreeCost(
-            target_r=degree,
-            tokens=static[degree][0],
-            gflops=static[degree][1],
-            latency_ms=1e3 * statistics.median(times[degree]),
-            images_per_second=batch_size / statistics.median(times[degree]),
-            speedup=statistics.median(dense / own for dense, own in zip(times[0], times[degree], strict=True)),
-        )
-        for degree in degrees
-    )
-    calibration = Calibration(**settings, rounds=len(times[0]), costs=costs)
+        costs = measure_costs(example, degrees, seconds=seconds, progress=progress)
+    calibration = Calibration(**settings, rounds=costs[0].rounds, costs=tuple(costs))
     if cache_file is not None:
         calibration.to_json_file(cache_file)
     return calibration
 
 
 def choose_degree(
-    model: PreTrainedModel, budget: Budget, degrees: Sequence[int], calibration: Calibration | str | Path | None
+    backbone: Backbone, budget: Budget, degrees: Sequence[int], calibration: Calibration | str | Path | None
 ) -> int:
     """The smallest of `degrees` at which a model is within a budget, measured now unless a calibration is given.
 
     Args:
-        model: A loaded model.
+        backbone: Of a loaded model.
         budget: The wanted cost.
         degrees: What the model can run at.
         calibration: Measured before; or a file to read it from, or to write it to if there is none.
@@ -330,7 +290,6 @@ def choose_degree(
     if calibration is not None and not isinstance(calibration, Calibration) and Path(calibration).exists():
         calibration = Calibration.from_json_file(calibration)
     if isinstance(calibration, Calibration):
-        backbone = find_backbone(model)
         if calibration.model != _shape_of(backbone):
             raise CalibrationError(
                 f"The calibration was measured for another model ({calibration.model}) than this one "
@@ -338,42 +297,20 @@ def choose_degree(
             )
     elif calibration is None and budget.name == "target_gflops":
         # no need to measure time
-        return budget.choose({degree: count_flops(model, degree) / 1e9 for degree in degrees}, "one image")
+        example = Example.of(backbone, image_size=None, batch_size=1)
+        figures = {degree: example.count_at(degree).flops / 1e9 for degree in degrees}
+        return budget.choose(figures, "one image")
     else:
-        calibration = calibrate(model, degrees=degrees, cache_file=calibration)
+        calibration = calibrate(backbone.model, degrees=degrees, cache_file=calibration)
     return calibration.degree_for(**{budget.name: budget.value}, degrees=degrees)
 
 
-@torch.no_grad()
-def _measure(
-    model: PreTrainedModel, degrees: Sequence[int], example: Example, seconds: float, progress: bool
-) -> dict[int, list[float]]:
-    """Seconds of one forward pass: a list for each degree, one entry for each round."""
-    device = example.batch.device
-    times: dict[int, list[float]] = {degree: [] for degree in degrees}
-
-    def run_round() -> None:
-        for degree in degrees:
-            with merging_at(model, degree):
-                synchronize(device)
-                start = time.perf_counter()
-                example.run()
-                synchronize(device)
-                times[degree].append(time.perf_counter() - start)
-
-    desc, bar_format = f"calibrating {len(degrees)} degrees", "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
-    with logging.tqdm(total=100, desc=desc, bar_format=bar_format, disable=not progress) as bar:
-        run_round()
-        for warm_up in times.values():
-            warm_up.clear()
-        start, percent = time.perf_counter(), 0
-        while percent < 100:
-            run_round()
-            share = (time.perf_counter() - start) / seconds if seconds > 0 else 1
-            now = min(100, math.floor(100 * share))
-            bar.update(now - percent)
-            percent = now
-    return times
+def _degrees_of(model: PreTrainedModel) -> range:
+    """The degrees that a model's plugin set covers; those of the paper for a model without one."""
+    plugins = getattr(model, "plugins", None)
+    if plugins is None:
+        return range(_DEFAULT_MAX_R + 1)
+    return range(plugins.config.min_r, plugins.config.max_r + 1)
 
 
 def _shape_of(backbone: Backbone) -> str:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from tocom_hf.errors import ArgumentError
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.architectures import Backbone, find_backbone
 from tocom_hf.merging.inputs import model_inputs
 from tocom_hf.merging.patching import get_settings, merging_at
 from tocom_hf.merging.schedule import require_degree, tokens_per_layer
@@ -43,32 +43,48 @@ def count_flops(model: PreTrainedModel, r: int, image_size: int | tuple[int, int
 
     ```
     """
-    return round(1e9 * count(model, require_degree(r, "r"), Example.of(model, image_size, batch_size=1))[1])
+    degree = require_degree(r, "r")
+    example = Example.of(find_backbone(model), image_size, batch_size=1)
+    return example.count_at(degree).flops
+
+
+class DegreeCount(NamedTuple):
+    """What can be counted of one degree.
+
+    Attributes:
+        tokens: Tokens that enter the first layer, and tokens after each layer.
+        flops: Floating-point operations for one image.
+    """
+
+    tokens: tuple[int, ...]
+    flops: int
 
 
 class Example(NamedTuple):
     """A batch to run, in order to see what a model costs.
 
     Attributes:
-        module: The model; its vision backbone alone where the model wants text too.
-        batch: Random inputs, on the model's device and in its dtype.
+        backbone: The model's backbone.
+        module: What is run: the model, or its vision backbone alone where the model wants text too.
+        batch: The inputs, `(batch, channels, height, width)` for images, on the model's device and in its dtype.
     """
 
+    backbone: Backbone
     module: PreTrainedModel
     batch: torch.Tensor
 
     @classmethod
-    def of(cls, model: PreTrainedModel, image_size: int | tuple[int, int] | None, batch_size: int) -> "Example":
-        backbone = find_backbone(model).module
-        config, name = backbone.config, backbone.main_input_name
-        module = model if model.main_input_name == name else backbone
+    def of(cls, backbone: Backbone, image_size: int | tuple[int, int] | None, batch_size: int) -> "Example":
+        """Random inputs of a size, by default the one that the model's configuration names."""
+        model = backbone.model
+        config = backbone.module.config
         generator = torch.Generator().manual_seed(0)
-        if name == "pixel_values":
+        if not backbone.architecture.spectrograms:
             height, width = _pair(config.image_size if image_size is None else image_size, "image_size")
-            patch = _pair(config.patch_size, "patch_size")
-            if height < patch[0] or width < patch[1]:
+            patch_height, patch_width = _pair(config.patch_size, "patch_size")
+            if height < patch_height or width < patch_width:
                 raise ArgumentError(
-                    f"image_size must be at least a patch of {patch[0]} x {patch[1]}, got {image_size!r}."
+                    f"image_size must be at least a patch of {patch_height} x {patch_width}, got {image_size!r}."
                 )
             # neighbouring patches resemble each other, as in photographs
             coarse = torch.randn(batch_size, config.num_channels, 8, 8, generator=generator)
@@ -76,11 +92,40 @@ class Example(NamedTuple):
         elif image_size is None:
             batch = torch.randn(batch_size, config.max_length, config.num_mel_bins, generator=generator)
         else:
-            raise ArgumentError(f"{type(model).__name__} takes {name}, not images: leave image_size out.")
-        return cls(module, batch.to(next(model.parameters()).device, model.dtype))
+            raise ArgumentError(
+                f"{type(model).__name__} takes {backbone.module.main_input_name}, not images: leave image_size out."
+            )
+        takes_images = model.main_input_name == backbone.module.main_input_name
+        module = model if takes_images else backbone.module
+        return cls(backbone, module, batch.to(next(model.parameters()).device, model.dtype))
 
     def run(self) -> None:
-        self.module(**model_inputs(self.module, self.batch))
+        """One forward pass of the batch."""
+        self.module(**model_inputs(self.module, self.backbone, self.batch))
+
+    @torch.no_grad()
+    def count_at(self, degree: int) -> DegreeCount:
+        """Run the first image at a degree, and count."""
+        backbone = self.backbone
+        model = backbone.model
+        entering: list[int] = []
+        hook = backbone.layers[0].register_forward_pre_hook(lambda layer, args: entering.append(args[0].shape[1]))
+        implementation = model.config._attn_implementation
+        with contextlib.ExitStack() as stack:
+            stack.callback(hook.remove)
+            if implementation not in ("eager", "sdpa"):  # kernels from outside torch are not counted
+                stack.callback(model.set_attn_implementation, implementation)
+                model.set_attn_implementation("sdpa")
+            stack.enter_context(merging_at(backbone, degree))
+            # the counter does not know all fused kernels: let attention be computed by matrix products
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            counter = stack.enter_context(FlopCounterMode(display=False))
+            self._replace(batch=self.batch[:1]).run()
+        tokens = tokens_per_layer(degree, len(backbone.layers), entering[0], backbone.protected)
+        settings = get_settings(backbone)
+        if settings is not None and settings.class_tokens_only:
+            tokens[-1] = backbone.protected
+        return DegreeCount((entering[0], *tokens), counter.get_total_flops())
 
 
 def _pair(size: object, name: str) -> tuple[int, int]:
@@ -89,26 +134,3 @@ def _pair(size: object, name: str) -> tuple[int, int]:
     if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(type(side) is int for side in pair):
         raise ArgumentError(f"{name} must be an integer or two, height and width, got {size!r}.")
     return pair[0], pair[1]
-
-
-@torch.no_grad()
-def count(model: PreTrainedModel, degree: int, example: Example) -> tuple[tuple[int, ...], float]:
-    """Run one input at a degree. Returns the tokens at the input and after each layer, and GFLOPs."""
-    backbone, entering = find_backbone(model), list[int]()
-    hook = backbone.layers[0].register_forward_pre_hook(lambda layer, args: entering.append(args[0].shape[1]))
-    implementation = model.config._attn_implementation
-    with contextlib.ExitStack() as stack:
-        stack.callback(hook.remove)
-        if implementation not in ("eager", "sdpa"):  # kernels from outside torch are not counted
-            stack.callback(model.set_attn_implementation, implementation)
-            model.set_attn_implementation("sdpa")
-        stack.enter_context(merging_at(model, degree))
-        # the counter does not know all fused kernels: let attention be computed by matrix products
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        counter = stack.enter_context(FlopCounterMode(display=False))
-        example._replace(batch=example.batch[:1]).run()
-    tokens = tokens_per_layer(degree, len(backbone.layers), entering[0], backbone.protected)
-    settings = get_settings(model)
-    if settings is not None and settings.class_tokens_only:
-        tokens[-1] = backbone.protected
-    return (entering[0], *tokens), counter.get_total_flops() / 1e9

@@ -5,6 +5,20 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tocom_hf.distillation.augmentation import Augmentation
+from tocom_hf.distillation.checks import (
+    Amount,
+    Count,
+    InnerShare,
+    LayerNames,
+    Magnitude,
+    Natural,
+    Positive,
+    PositiveShare,
+    Seed,
+    Share,
+    ShareBelowOne,
+    require_checks,
+)
 from tocom_hf.distillation.degrees import find_sampler
 from tocom_hf.distillation.objectives import OBJECTIVES
 from tocom_hf.errors import ArgumentError, DegreeError
@@ -37,44 +51,46 @@ class DistillationArguments:
     max_r: int = _argument(16, "Largest degree; the set has this many plugins.")
     rank: int = _argument(2, "Rank h of one plugin.")
     scale: float = _argument(0.1, "Factor s in front of the plugins during training.")
-    target_modules: list[str] | None = _argument(
+    target_modules: LayerNames | None = _argument(
         None, "Linear layers that plugins apply to, e.g. q_proj v_proj fc1, or all-linear; default: query and value."
     )
-    lora_dropout: float = _argument(0.1, "Dropout probability between the two factors of a plugin.")
+    lora_dropout: ShareBelowOne = _argument(0.1, "Dropout probability between the two factors of a plugin.")
     objective: str = _argument("auto", f"What teacher and student are compared by: auto, {', '.join(OBJECTIVES)}.")
     proportional_attention: bool = _argument(True, "Add the log of token sizes to attention logits, as ToMe does.")
     source_r: int | None = _argument(None, "Degree of every teacher, for weights trained at it; default: any.")
     degree_sampler: str = _argument("uniform", "How degrees are drawn: uniform, adjacent or antithetic.")
 
-    num_train_epochs: int = _argument(10, "Passes over the data set. Ignored where max_steps is given.")
-    max_steps: int | None = _argument(None, "Steps of the training; needed for streams, which have no length.")
-    per_device_train_batch_size: int = _argument(128, "Images per process and forward pass.")
-    gradient_accumulation_steps: int = _argument(1, "Forward passes per step and process.")
-    learning_rate: float = _argument(1e-3, "Peak learning rate for a global batch of 512; scales with the batch.")
-    min_learning_rate: float = _argument(1e-5, "What the cosine schedule ends at.")
-    weight_decay: float = _argument(0.05, "Of AdamW.")
-    max_grad_norm: float | None = _argument(None, "Clip gradients to this norm.")
-    ema_decay: float | None = _argument(None, "Keep an exponential moving average of the plugins, and return that.")
+    num_train_epochs: Count = _argument(10, "Passes over the data set. Ignored where max_steps is given.")
+    max_steps: Count | None = _argument(None, "Steps of the training; needed for streams, which have no length.")
+    per_device_train_batch_size: Count = _argument(128, "Images per process and forward pass.")
+    gradient_accumulation_steps: Count = _argument(1, "Forward passes per step and process.")
+    learning_rate: Positive = _argument(1e-3, "Peak learning rate for a global batch of 512; scales with the batch.")
+    min_learning_rate: Amount = _argument(1e-5, "What the cosine schedule ends at.")
+    weight_decay: Amount = _argument(0.05, "Of AdamW.")
+    max_grad_norm: Positive | None = _argument(None, "Clip gradients to this norm.")
+    ema_decay: InnerShare | None = _argument(
+        None, "Keep an exponential moving average of the plugins, and return that."
+    )
     gradient_checkpointing: bool = _argument(False, "Recompute activations: less memory, more time.")
-    max_nonfinite_steps: int = _argument(10, "Stop after so many steps in a row whose loss is not finite.")
+    max_nonfinite_steps: Count = _argument(10, "Stop after so many steps in a row whose loss is not finite.")
 
-    min_crop: float = _argument(0.08, "Smallest share of an image that a random view shows; 1 shows all of it.")
-    flip: float = _argument(0.5, "Probability of mirroring an image.")
-    randaugment_num_ops: int = _argument(0, "Operations of RandAugment for each image.")
-    randaugment_magnitude: float = _argument(9.0, "Their strength, 0 to 10.")
-    random_erasing: float = _argument(0.0, "Probability of erasing a rectangle of an image.")
-    mixup: float = _argument(0.0, "Alpha of mixup; 0 is off.")
-    cutmix: float = _argument(0.0, "Alpha of cutmix; 0 is off.")
+    min_crop: PositiveShare = _argument(0.08, "Smallest share of an image that a random view shows; 1 shows all of it.")
+    flip: Share = _argument(0.5, "Probability of mirroring an image.")
+    randaugment_num_ops: Natural = _argument(0, "Operations of RandAugment for each image.")
+    randaugment_magnitude: Magnitude = _argument(9.0, "Their strength, 0 to 10.")
+    random_erasing: Share = _argument(0.0, "Probability of erasing a rectangle of an image.")
+    mixup: Share = _argument(0.0, "Alpha of mixup; 0 is off.")
+    cutmix: Share = _argument(0.0, "Alpha of cutmix; 0 is off.")
 
-    seed: int = _argument(0, "Decides the plugins' initialisation, degrees, order of images, augmentation, dropout.")
-    dataloader_num_workers: int = _argument(0, "Worker processes that load images, for each process.")
-    shuffle_buffer_size: int = _argument(1000, "Samples of a stream that are shuffled among each other.")
+    seed: Seed = _argument(0, "Decides the plugins' initialisation, degrees, order of images, augmentation, dropout.")
+    dataloader_num_workers: Natural = _argument(0, "Worker processes that load images, for each process.")
+    shuffle_buffer_size: Count = _argument(1000, "Samples of a stream that are shuffled among each other.")
 
-    save_steps: int = _argument(1000, "Write a checkpoint every so many steps, and when the run is told to stop.")
-    save_total_limit: int = _argument(2, "Keep so many of the newest checkpoints.")
+    save_steps: Count = _argument(1000, "Write a checkpoint every so many steps, and when the run is told to stop.")
+    save_total_limit: Count = _argument(2, "Keep so many of the newest checkpoints.")
     resume_from_checkpoint: str | None = _argument(None, "A checkpoint's folder, or `latest`.")
-    logging_steps: int = _argument(10, "Log figures every so many steps.")
-    eval_steps: int | None = _argument(None, "Measure the agreement grid every so many steps, not only at the end.")
+    logging_steps: Count = _argument(10, "Log figures every so many steps.")
+    eval_steps: Count | None = _argument(None, "Measure the agreement grid every so many steps, not only at the end.")
     eval_degrees: list[int] | None = _argument(None, "Degrees of the agreement grid; default: five from 0 to max_r.")
 
     def __post_init__(self):
@@ -85,37 +101,10 @@ class DistillationArguments:
         require_scale(self.scale)
         if self.source_r is not None and require_degree(self.source_r, "source_r") > self.max_r:
             raise DegreeError(f"source_r={self.source_r} is above max_r={self.max_r}.")
-        names = self.target_modules
-        if names is not None and (not isinstance(names, list) or not all(isinstance(name, str) for name in names)):
-            raise ArgumentError(f"target_modules must be a list of names of linear layers, got {names!r}.")
+        require_checks(self)
         find_sampler(self.degree_sampler, self.source_r)
         if self.objective not in ("auto", *OBJECTIVES):
             raise ArgumentError(f"objective must be one of auto, {', '.join(OBJECTIVES)}, got {self.objective!r}.")
-        for name in (*_COUNTS, "dataloader_num_workers", "seed"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ArgumentError(f"{name} must be an integer, got {value!r}.")
-        if not 0 <= self.seed < 2**32:
-            raise ArgumentError(f"seed must be in [0, 2**32), got {self.seed!r}.")
-        for name in _RATES:
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise ArgumentError(f"{name} must be a number, got {value!r}.")
-        for name in (*_COUNTS, "learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ArgumentError(f"{name} must be positive, got {value!r}.")
-        for name in ("weight_decay", "min_learning_rate", "dataloader_num_workers"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ArgumentError(f"{name} must not be negative, got {getattr(self, name)!r}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ArgumentError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}.")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ArgumentError(f"ema_decay must be in (0, 1), got {self.ema_decay!r}.")
-        if not 0 < self.min_crop <= 1 or not 0 <= self.flip <= 1:
-            raise ArgumentError(
-                f"Expected min_crop in (0, 1] and flip in [0, 1], got {self.min_crop!r} and {self.flip!r}."
-            )
         if self.augmentation.mixes and self.per_device_train_batch_size % 2:
             raise ArgumentError(
                 "mixup and cutmix mix images in pairs, so per_device_train_batch_size must be even, "
@@ -140,23 +129,19 @@ class DistillationArguments:
 
     def degrees(self) -> list[int]:
         """The student's degrees in the agreement grid."""
-        count = min(4, self.max_r)
-        chosen = self.eval_degrees or [round(self.max_r * i / count) for i in range(count + 1)]
-        return sorted({*chosen, *([] if self.source_r is None else [self.source_r])})
+        degrees = self.eval_degrees
+        if not degrees:
+            steps = min(4, self.max_r)
+            degrees = [round(self.max_r * step / steps) for step in range(steps + 1)]
+        if self.source_r is not None:
+            degrees = [*degrees, self.source_r]
+        return sorted({*degrees})
 
     def sources(self) -> list[int]:
         """The teacher's degrees in the agreement grid."""
         return self.degrees() if self.source_r is None else [self.source_r]
 
 
-_COUNTS = (
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "max_nonfinite_steps", "shuffle_buffer_size", "save_steps", "save_total_limit", "logging_steps", "eval_steps",
-)  # fmt: skip
-_RATES = (
-    "learning_rate", "min_learning_rate", "weight_decay", "max_grad_norm", "ema_decay", "lora_dropout", "min_crop",
-    "flip", "randaugment_magnitude", "random_erasing", "mixup", "cutmix",
-)  # fmt: skip
 _NO_RECIPE = (
     "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
     "max_nonfinite_steps", "dataloader_num_workers", "save_steps", "save_total_limit", "resume_from_checkpoint",

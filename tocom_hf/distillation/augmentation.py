@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from tocom_hf.devices import float64_device
+from tocom_hf.distillation.checks import Magnitude, Natural, Share, require_checks
 from tocom_hf.distillation.keyed_random import fold, normals, uniforms
-from tocom_hf.errors import ArgumentError
+from tocom_hf.extras import require_extras
 
 
 _AUGMENT, _ERASE, _NOISE, _MIX, _BETA = range(5)  # what a key is folded with, so that each has numbers of its own
@@ -35,55 +36,54 @@ class Augmentation:
         cutmix: The same for the areas of cutmix (arXiv 1905.04899). Where both are on, a pair gets one of the two.
     """
 
-    randaugment_num_ops: int = 0
-    randaugment_magnitude: float = 9.0
-    random_erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
+    randaugment_num_ops: Natural = 0
+    randaugment_magnitude: Magnitude = 9.0
+    random_erasing: Share = 0.0
+    # up to 1, the range of the rejection that draws the weights
+    mixup: Share = 0.0
+    cutmix: Share = 0.0
 
     def __post_init__(self):
-        if not isinstance(self.randaugment_num_ops, int) or self.randaugment_num_ops < 0:
-            raise ArgumentError(
-                f"randaugment_num_ops must be an integer of at least 0, got {self.randaugment_num_ops!r}."
-            )
-        if not 0 <= self.randaugment_magnitude <= _MAX_MAGNITUDE:
-            raise ArgumentError(f"randaugment_magnitude must be in [0, 10], got {self.randaugment_magnitude!r}.")
-        if not 0 <= self.random_erasing <= 1:
-            raise ArgumentError(f"random_erasing must be a probability in [0, 1], got {self.random_erasing!r}.")
-        for name in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, name) <= 1:  # the range of the rejection that draws it
-                raise ArgumentError(f"{name} must be in [0, 1], got {getattr(self, name)!r}.")
+        require_checks(self)
 
     @property
     def mixes(self) -> bool:
         """Whether images are mixed in pairs, which takes batches of an even number of images."""
         return self.mixup > 0 or self.cutmix > 0
 
-    def __call__(
-        self, pixel_values: torch.Tensor, keys: torch.Tensor, mean: torch.Tensor | None, std: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Augment and normalise a batch.
 
-        Args:
-            pixel_values: `(batch, channels, height, width)`: uint8 in 0..255, or floating point and normalised already,
-                to which RandAugment does not apply.
-            keys: int64 `(batch,)`, one key for each image. Image 2i is mixed with image 2i + 1.
-            mean, std: `(channels,)`, for images in uint8: what their values in [0, 1] are normalised by.
+def augment(
+    pixel_values: torch.Tensor,
+    keys: torch.Tensor,
+    settings: Augmentation,
+    mean: torch.Tensor | None,
+    std: torch.Tensor | None,
+) -> torch.Tensor:
+    """Augment and normalise a batch.
 
-        Returns:
-            Floating point, `(batch, channels, height, width)`, normalised.
-        """
-        if pixel_values.dtype == torch.uint8:
-            images = pixel_values.float() / 255
-            for step in range(self.randaugment_num_ops):
-                images = rand_augment(images, fold(fold(keys, _AUGMENT), step), self.randaugment_magnitude)
-            if mean is not None and std is not None:
-                images = (images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
-        else:
-            images = pixel_values
-        if self.random_erasing:
-            images = erase(images, keys, self.random_erasing)
-        return mix(images, keys[::2], self.mixup, self.cutmix) if self.mixes else images
+    Args:
+        pixel_values: `(batch, channels, height, width)`: uint8 in 0..255, or floating point and normalised already,
+            to which RandAugment does not apply.
+        keys: int64 `(batch,)`, one key for each image. Image 2i is mixed with image 2i + 1.
+        settings: What to do.
+        mean, std: `(channels,)`, for images in uint8: what their values in [0, 1] are normalised by.
+
+    Returns:
+        Floating point, `(batch, channels, height, width)`, normalised.
+    """
+    images = pixel_values
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
+        for step in range(settings.randaugment_num_ops):
+            step_keys = fold(fold(keys, _AUGMENT), step)
+            images = rand_augment(images, step_keys, settings.randaugment_magnitude)
+        if mean is not None and std is not None:
+            images = (images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    if settings.random_erasing:
+        images = erase(images, keys, settings.random_erasing)
+    if settings.mixes:
+        images = mix(images, keys[::2], settings.mixup, settings.cutmix)
+    return images
 
 
 def rand_augment(images: torch.Tensor, keys: torch.Tensor, magnitude: float) -> torch.Tensor:
@@ -192,14 +192,18 @@ def _affine(make: Callable[[torch.Tensor], tuple]) -> Operation:
 
     def operation(images, strengths, signs):
         (a, b, c), (d, e, f) = make(strengths * signs)
+        # torch has both axes in [-1, 1]
         aspect = images.shape[-2] / images.shape[-1]
-        b, d = b * aspect, d / aspect  # torch has both axes in [-1, 1]
-        rows = [torch.stack([torch.broadcast_to(torch.as_tensor(x, device=images.device, dtype=images.dtype),
-                                                strengths.shape) for x in row], dim=-1)
-                for row in ((a, b, c), (d, e, f))]  # fmt: skip
-        grid = torch.nn.functional.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+        entries = [a, b * aspect, c, d / aspect, e, f]
+        columns = []
+        for entry in entries:
+            entry = torch.as_tensor(entry, device=images.device, dtype=images.dtype)
+            columns.append(entry.expand_as(strengths))
+        matrices = torch.stack(columns, dim=-1).view(-1, 2, 3)  # (batch, 2, 3)
+        grid = torch.nn.functional.affine_grid(matrices, list(images.shape), align_corners=False)
         # what comes in from outside is mid-grey
-        return torch.nn.functional.grid_sample(images - 0.5, grid, mode="bilinear", align_corners=False) + 0.5
+        moved = torch.nn.functional.grid_sample(images - 0.5, grid, mode="bilinear", align_corners=False)
+        return moved + 0.5
 
     return operation
 
@@ -218,7 +222,8 @@ def _enhance(name: str) -> Operation:
     """An operation of kornia with a factor for each image, between 0.1 and 1.9."""
 
     def operation(images, strengths, signs):
-        import kornia.enhance
+        with require_extras("RandAugment"):
+            import kornia.enhance
 
         return getattr(kornia.enhance, name)(images, 1 + 0.9 * strengths * signs)
 
@@ -226,13 +231,15 @@ def _enhance(name: str) -> Operation:
 
 
 def _equalize(images, strengths, signs):
-    import kornia.enhance
+    with require_extras("RandAugment"):
+        import kornia.enhance
 
     return kornia.enhance.equalize(images)
 
 
 def _posterize(images, strengths, signs):
-    import kornia.enhance
+    with require_extras("RandAugment"):
+        import kornia.enhance
 
     return kornia.enhance.posterize(images, 4 - (4 * strengths).int())
 

@@ -9,7 +9,6 @@ when the degree moves.
 import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,24 +19,22 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from tocom_hf.devices import describe_device, evaluation_mode
-from tocom_hf.distillation.arguments import PRESETS, DistillationArguments
+from tocom_hf.distillation.arguments import DistillationArguments
 from tocom_hf.distillation.branches import PluginChain
 from tocom_hf.distillation.loop import Training
-from tocom_hf.distillation.objectives import Objective, find_objective
+from tocom_hf.distillation.objectives import find_objective
 from tocom_hf.distillation.order import is_stream
-from tocom_hf.distillation.run_state import find_checkpoint, make_output_dir
+from tocom_hf.distillation.run_state import find_state, make_output_dir
+from tocom_hf.distillation.student import SelfDistiller
 from tocom_hf.errors import ArgumentError, DatasetError, DegreeError, UnsupportedModelError
 from tocom_hf.merging.architectures import Backbone, find_backbone
-from tocom_hf.merging.patching import apply_tome, get_schedule, remove_tome
-from tocom_hf.plugins.agreement import format_grid
+from tocom_hf.merging.patching import get_settings, unset_merging
 from tocom_hf.plugins.composition import Adapter, Factors
 from tocom_hf.plugins.config import BackboneFacts, PluginSetConfig
 from tocom_hf.plugins.plugin_set import PluginSet
 
 
 logger = logging.get_logger(__name__)
-
-__all__ = ["PRESETS", "DistillationArguments", "SelfDistiller", "distill"]
 
 
 def distill(
@@ -102,8 +99,9 @@ def distill(
     """
     accelerator = accelerator or Accelerator()
     _check_accelerator(accelerator)
-    backbone, objective = find_backbone(model), find_objective(args.objective, model)
-    if get_schedule(model) is not None:
+    backbone = find_backbone(model)
+    objective = find_objective(args.objective, model)
+    if get_settings(backbone) is not None:
         raise UnsupportedModelError(
             "The model merges tokens already. Distil it as transformers loads it: after apply_tome call "
             "remove_tome(model); instead of TocomModel load the checkpoint with its transformers class."
@@ -116,15 +114,15 @@ def distill(
     resume = None
     if args.output_dir is not None:
         make_output_dir(args.output_dir)
-        resume = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        resume = find_state(args.output_dir, args.resume_from_checkpoint)
 
     torch.manual_seed(args.seed)
     facts = BackboneFacts.of(backbone)
     run_facts = {"model": list(facts.sketch), "init_plugins": None if start is None else _digest(start)}
-    with _prepared(model, backbone, args, target_modules) as plugin_chain:
+    with _prepared(backbone, args, target_modules) as plugin_chain:
         if start is not None:
             plugin_chain.start_from(start)
-        distiller = SelfDistiller(model, plugin_chain, objective, accelerator, args.proportional_attention)
+        distiller = SelfDistiller(backbone, plugin_chain, objective, accelerator, args.proportional_attention)
         training = Training(distiller, dataset, args, accelerator, global_batch, steps, run_facts, eval_dataset)
         figures = training.run(resume)
     num_images = None if is_stream(dataset) else len(dataset)
@@ -157,73 +155,6 @@ def distill(
     return PluginSet(config, plugin_chain.adapters())
 
 
-class SelfDistiller:
-    """Teacher and student on one copy of the frozen weights.
-
-    Args:
-        model: The frozen model in evaluation mode, with the branches of `plugins` installed.
-        plugins: The chain to train.
-        objective: What to compare.
-        accelerator: Shards the frozen weights, where it is set up to.
-        proportional_attention: As in `apply_tome`.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        plugins: PluginChain,
-        objective: Objective,
-        accelerator: Accelerator | None = None,
-        proportional_attention: bool = True,
-    ):
-        self.plugins, self.objective, self.proportional_attention = plugins, objective, proportional_attention
-        backbone = find_backbone(model)
-        # transformers' own heads of these families read nothing else; those of others might
-        stock = type(model).__module__.startswith("transformers.") and not hasattr(model, "decoder")
-        reads_class_tokens = stock and backbone.protected > 0 and not backbone.architecture.restore
-        apply_tome(model, 0, class_tokens_only=reads_class_tokens)
-        # what is sharded must be what is called
-        self.model = objective.part(model)
-        if accelerator is not None:
-            # the plugins are no part of the model: they are small, and the same on every process
-            plugins.to(accelerator.device)
-            if accelerator.distributed_type == DistributedType.FSDP:
-                self.model = accelerator.prepare(self.model)
-            else:
-                model.to(accelerator.device)  # type: ignore[arg-type]
-
-    def judge(self, pixel_values: torch.Tensor, source_r: int, target_r: int) -> torch.Tensor:
-        """What agreement is measured by, of the run that `run` makes with these arguments."""
-        self._prepare(source_r, target_r, None)
-        return self.objective.judge.outputs(self.model, pixel_values)
-
-    def run(self, pixel_values: torch.Tensor, source_r: int, target_r: int, keys: torch.Tensor | None = None) -> Any:
-        """What the objective compares, of the model at degree `target_r` with the chain from `source_r` to it.
-
-        Args:
-            pixel_values: `(batch, channels, height, width)`.
-            source_r, target_r: The degrees; where they are equal, no plugin is used.
-            keys: int64 `(batch,)`, keys of the images for dropout; `None` for no dropout.
-        """
-        self._prepare(source_r, target_r, keys)
-        return self.objective.outputs(self.model, pixel_values)
-
-    def loss(
-        self, pixel_values: torch.Tensor, source_r: int, target_r: int, keys: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """How far the student at `target_r` is from the teacher at `source_r`, the mean over images (ToCom, eq. 6).
-
-        Takes what `run` takes.
-        """
-        with torch.no_grad():
-            teacher = self.run(pixel_values, source_r, source_r)
-        return self.objective.loss(teacher, self.run(pixel_values, source_r, target_r, keys))
-
-    def _prepare(self, source_r: int, target_r: int, keys: torch.Tensor | None) -> None:
-        self.plugins.activate(source_r, target_r, keys)
-        apply_tome(self.model, target_r, proportional_attention=self.proportional_attention)
-
-
 def hold_out(dataset: Any, count: int, seed: int = 0) -> tuple[Any, Subset]:
     """Split off some images for the agreement grid.
 
@@ -246,19 +177,12 @@ def hold_out(dataset: Any, count: int, seed: int = 0) -> tuple[Any, Subset]:
     return dataset.select(rest) if hasattr(dataset, "select") else Subset(dataset, rest), Subset(dataset, chosen)
 
 
-def save_agreement(grid: dict, folder: str | Path) -> str:
-    """Write an agreement grid as the heat map `agreement.png` into a folder, and return it as a table."""
-    from tocom_hf.visualization import plot_agreement
-
-    plot_agreement(grid).savefig(Path(folder) / "agreement.png", dpi=120)
-    return format_grid(grid)
-
-
 @contextlib.contextmanager
 def _prepared(
-    model: PreTrainedModel, backbone: Backbone, args: DistillationArguments, target_modules: Iterable[str] | None
+    backbone: Backbone, args: DistillationArguments, target_modules: Iterable[str] | None
 ) -> Iterator[PluginChain]:
     """Freeze a model and install the branches of a chain for the length of a `with` block."""
+    model = backbone.model
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     checkpointing = model.is_activation_checkpointing
     with evaluation_mode(model):
@@ -274,7 +198,7 @@ def _prepared(
             if args.gradient_checkpointing and not checkpointing:
                 model.activation_checkpointing_disable()
             plugin_chain.remove(backbone)
-            remove_tome(model)
+            unset_merging(backbone)
             for parameter, required in requires_grad.items():
                 parameter.requires_grad_(required)
 
@@ -349,13 +273,13 @@ def _starting_plugins(
     if not args.scale:
         raise ArgumentError("With scale=0 the plugins of a set have no effect, so there is nothing to start from.")
     factor = config.trained_scale / args.scale
-    return {
-        i: {
-            path: Factors(lora_A.detach().float().cpu(), lora_B.detach().float().cpu() * factor)
-            for path, (lora_A, lora_B) in plugins.adapter(i).items()
-        }
-        for i in range(args.max_r)
-    }
+    adapters: dict[int, Adapter] = {}
+    for index in range(args.max_r):
+        adapter = {}
+        for path, (lora_A, lora_B) in plugins.adapter(index).items():
+            adapter[path] = Factors(lora_A.detach().float().cpu(), lora_B.detach().float().cpu() * factor)
+        adapters[index] = adapter
+    return adapters
 
 
 def _names(target_modules: Iterable[str] | None) -> str:

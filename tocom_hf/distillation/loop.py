@@ -26,11 +26,13 @@ from transformers.utils import logging
 
 from tocom_hf.distillation.agreement import agreement_sums
 from tocom_hf.distillation.arguments import DistillationArguments
+from tocom_hf.distillation.augmentation import Augmentation, augment
 from tocom_hf.distillation.degrees import find_sampler
 from tocom_hf.distillation.order import StreamState, TrainingLoader, is_stream
-from tocom_hf.distillation.run_state import Checkpoint
+from tocom_hf.distillation.run_state import RunState
+from tocom_hf.distillation.student import SelfDistiller
 from tocom_hf.errors import CheckpointError, DistillationError, DistillationInterrupted
-from tocom_hf.plugins.agreement import agreement_grid, mean_agreement
+from tocom_hf.plugins.agreement import AgreementGrid
 
 
 logger = logging.get_logger(__name__)
@@ -55,7 +57,7 @@ class Training:
 
     def __init__(
         self,
-        distiller: Any,
+        distiller: SelfDistiller,
         dataset: Any,
         args: DistillationArguments,
         accelerator: Accelerator,
@@ -64,18 +66,23 @@ class Training:
         facts: dict[str, Any],
         eval_dataset: Dataset | None = None,
     ):
-        self.distiller, self.dataset, self.args, self.accelerator = distiller, dataset, args, accelerator
-        self.global_batch, self.steps, self.eval_dataset = global_batch, steps, eval_dataset
+        self.distiller = distiller
+        self.dataset = dataset
+        self.args = args
+        self.accelerator = accelerator
+        self.global_batch = global_batch
+        self.steps = steps
+        self.eval_dataset = eval_dataset
         self.parameters = dict(distiller.plugins.named_parameters())
         self.peak = args.learning_rate * global_batch / 512
         self.optimizer = accelerator.prepare_optimizer(
             torch.optim.AdamW(self.parameters.values(), self.peak, weight_decay=args.weight_decay)
         )
-        self.average = [p.detach().clone() for p in self.parameters.values()] if args.ema_decay else None
-        self.mean, self.std = (
-            None if value is None else value.to(accelerator.device)
-            for value in (getattr(dataset, name, None) for name in ("image_mean", "image_std"))
-        )
+        self.average: list[torch.Tensor] | None = None
+        if args.ema_decay:
+            self.average = [parameter.detach().clone() for parameter in self.parameters.values()]
+        self.mean = _on_device(getattr(dataset, "image_mean", None), accelerator.device)
+        self.std = _on_device(getattr(dataset, "image_std", None), accelerator.device)
         self.settings = {
             **args.recipe(),
             "objective": distiller.objective.name,
@@ -87,12 +94,14 @@ class Training:
             "readers": [accelerator.num_processes, args.dataloader_num_workers] if is_stream(dataset) else None,
             **facts,
         }
-        self.step, self.skipped = 0, 0
-        self.loss_sum, self.loss_count = 0.0, 0
+        self.step = 0
+        self.skipped = 0
+        self.loss_sum = 0.0
+        self.loss_count = 0
         # distance |m - n| and loss of the last steps
         self.recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)
 
-    def run(self, resume: tuple[Path, Checkpoint] | None = None) -> dict[str, Any]:
+    def run(self, resume: tuple[Path, RunState] | None = None) -> dict[str, Any]:
         """Train to the end.
 
         Returns:
@@ -122,34 +131,46 @@ class Training:
             "loss_by_distance": self._loss_by_distance(),
         }
         if self.eval_dataset is not None:
-            figures["agreement"] = self.measure_agreement()
-            self._check_agreement(figures["agreement"])
+            grid = self.measure_agreement()
+            self._check_agreement(grid)
+            figures["agreement"] = grid.to_dict()
         return figures
 
-    def measure_agreement(self) -> dict:
+    def measure_agreement(self) -> AgreementGrid:
         """The agreement grid on the images held out, by all processes together."""
         self.distiller.plugins.eval()
-        augmentation = type(self.args.augmentation)()
+        with self.accelerator.autocast():
+            sums = agreement_sums(
+                self.distiller.judge,
+                self.distiller.objective.judge.agreement,
+                self._held_out_batches(),
+                self.args.sources(),
+                self.args.degrees(),
+                self.accelerator.device,
+            )
+        self.distiller.plugins.train()
+        sums = self.accelerator.reduce(sums, "sum")
+        return AgreementGrid.from_sums(sums, self.args.sources(), self.args.degrees())
+
+    def _held_out_batches(self) -> Iterator[torch.Tensor]:
+        """The part of the images held out that this process looks at, normalised and not augmented."""
         processes = self.accelerator.num_processes
         # as many for each: where weights are sharded, all processes must run the model equally often
         count = len(self.eval_dataset) // processes * processes  # type: ignore[arg-type]
         own = range(self.accelerator.process_index, count, processes)
-        loader = DataLoader(Subset(self.eval_dataset, list(own)), batch_size=self.args.per_device_train_batch_size)  # type: ignore[arg-type]
-        device, sources, degrees = self.accelerator.device, self.args.sources(), self.args.degrees()
-        keys = torch.zeros(self.args.per_device_train_batch_size, dtype=torch.long, device=device)
-        batches = (
-            augmentation(pixels := batch["pixel_values"].to(device), keys[: len(pixels)], self.mean, self.std)
-            for batch in loader
-        )
-        with self.accelerator.autocast():
-            agreement = self.distiller.objective.judge.agreement
-            sums = agreement_sums(self.distiller.judge, agreement, batches, sources, degrees, device)
-        self.distiller.plugins.train()
-        return agreement_grid(self.accelerator.reduce(sums, "sum"), sources, degrees)
+        subset = Subset(self.eval_dataset, list(own))  # type: ignore[arg-type]
+        for batch in DataLoader(subset, batch_size=self.args.per_device_train_batch_size):
+            pixel_values = batch["pixel_values"].to(self.accelerator.device)
+            no_keys = torch.zeros(len(pixel_values), dtype=torch.long, device=pixel_values.device)
+            yield augment(pixel_values, no_keys, Augmentation(), self.mean, self.std)
 
     def _train(self, batches: Iterator, loader: TrainingLoader, stop: "_StopSignal", bar: tqdm) -> None:
-        args, sampler = self.args, find_sampler(self.args.degree_sampler, self.args.source_r)
-        in_a_row, since, logged = 0, time.perf_counter(), self.step
+        args = self.args
+        augmentation = args.augmentation
+        sampler = find_sampler(args.degree_sampler, args.source_r)
+        in_a_row = 0
+        since = time.perf_counter()
+        logged = self.step
         while self.step < self.steps:
             pairs = sampler(args.seed, self.step, args.max_r)
             rate = self._learning_rate(self.step)
@@ -159,7 +180,7 @@ class Training:
             for _ in range(args.gradient_accumulation_steps):
                 batch = next(batches)
                 with torch.no_grad():
-                    images = args.augmentation(batch["pixel_values"], batch["key"], self.mean, self.std)
+                    images = augment(batch["pixel_values"], batch["key"], augmentation, self.mean, self.std)
                 for source_r, target_r in pairs:
                     with self.accelerator.autocast():
                         loss = self.distiller.loss(images, source_r, target_r, batch["key"])
@@ -241,7 +262,7 @@ class Training:
         figures = {}
         for bucket in sorted(buckets):
             inside = [d for d in range(1, max_r + 1) if (d - 1) * _BUCKETS // max_r == bucket]
-            figures["-".join(map(str, dict.fromkeys((inside[0], inside[-1]))))] = _mean(buckets[bucket])
+            figures["-".join(map(str, dict.fromkeys((inside[0], inside[-1]))))] = _mean_or_zero(buckets[bucket])
         return figures
 
     def _progress_bar(self) -> tqdm:
@@ -253,7 +274,7 @@ class Training:
         )
 
     def _log(self, bar: tqdm, rate: float, norm: float, speed: float) -> None:
-        mean, by_distance = _mean(loss for _, loss in self.recent), self._loss_by_distance()
+        mean, by_distance = _mean_or_zero(loss for _, loss in self.recent), self._loss_by_distance()
         figures = {"loss": mean, "learning_rate": rate, "grad_norm": norm, "images_per_second": speed}
         figures |= {f"loss/distance_{name}": value for name, value in by_distance.items()}
         self.accelerator.log({**figures, "skipped_steps": self.skipped}, step=self.step)
@@ -263,11 +284,12 @@ class Training:
     def _log_agreement(self) -> None:
         means = self._check_agreement(self.measure_agreement())
         if means is not None:
-            self.accelerator.log(dict(zip(("agreement/plain", "agreement/tocom"), means, strict=True)), step=self.step)
+            plain, tocom = means
+            self.accelerator.log({"agreement/plain": plain, "agreement/tocom": tocom}, step=self.step)
 
-    def _check_agreement(self, grid: dict) -> tuple[float, float] | None:
+    def _check_agreement(self, grid: AgreementGrid) -> tuple[float, float] | None:
         """Say so where plugins do more harm than good; returns the mean agreement without and with them."""
-        means = mean_agreement(grid)
+        means = grid.means()
         if means is None:
             return None
         plain, tocom = (f"{100 * mean:.2f}" for mean in means)
@@ -298,14 +320,16 @@ class Training:
                 "streams": streams,
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
-            checkpoint = Checkpoint(self.step, self.settings, tensors, progress)
-            checkpoint.save(str(self.args.output_dir), self.args.save_total_limit)
+            state = RunState(self.step, self.settings, tensors, progress)
+            state.save(str(self.args.output_dir), self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
-    def _restore(self, folder: Path, checkpoint: Checkpoint) -> StreamState:
-        checkpoint.check_settings(self.settings, folder)
-        tensors, progress = checkpoint.tensors, checkpoint.progress
-        optimizer, device = self.optimizer.optimizer, self.accelerator.device
+    def _restore(self, folder: Path, state: RunState) -> StreamState:
+        state.check_settings(self.settings, folder)
+        tensors = state.tensors
+        progress = state.progress
+        optimizer = self.optimizer.optimizer
+        device = self.accelerator.device
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"plugins.{name}"])
@@ -320,8 +344,10 @@ class Training:
                 mean.copy_(tensors[f"average.{name}"])
         if self.accelerator.scaler is not None and progress["scaler"]:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
-        self.step, self.skipped = checkpoint.step, progress["skipped"]
-        self.loss_sum, self.loss_count = progress["loss_sum"], progress["loss_count"]
+        self.step = state.step
+        self.skipped = progress["skipped"]
+        self.loss_sum = progress["loss_sum"]
+        self.loss_count = progress["loss_count"]
         self.recent.extend((distance, loss) for distance, loss in progress["recent"])
         logger.warning("Going on from %s, step %d of %d.", folder, self.step, self.steps)
         return StreamState.from_list(progress["streams"][self.accelerator.process_index % len(progress["streams"])])
@@ -336,7 +362,11 @@ class Training:
         raise DistillationInterrupted(f"Stopped by {name} after step {self.step} of {self.steps}. {where}", signum)
 
 
-def _mean(values: Iterable[float]) -> float:
+def _on_device(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if value is None else value.to(device)
+
+
+def _mean_or_zero(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / max(len(values), 1)
 

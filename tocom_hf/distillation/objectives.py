@@ -5,13 +5,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel
 
 from tocom_hf.errors import ArgumentError, UnsupportedModelError
-from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.architectures import Backbone
 from tocom_hf.merging.inputs import model_inputs
-from tocom_hf.merging.patching import trace_tokens
 from tocom_hf.merging.tokens import group_sizes, mean_over_groups
+from tocom_hf.merging.tracing import traced
 
 
 class Objective(Protocol):
@@ -19,11 +20,11 @@ class Objective(Protocol):
 
     name: str
 
-    def part(self, model: PreTrainedModel) -> PreTrainedModel:
+    def part(self, backbone: Backbone) -> PreTrainedModel:
         """The part of a model that is run: all of it, or its backbone."""
 
-    def outputs(self, model: PreTrainedModel, pixel_values: torch.Tensor) -> Any:
-        """What the loss compares, of such a part."""
+    def outputs(self, backbone: Backbone, pixel_values: torch.Tensor) -> Any:
+        """What the loss compares, of the model that has this backbone, or of such a part."""
 
     def loss(self, teacher: Any, student: Any) -> torch.Tensor:
         """How far the student is from the teacher, the mean over images; zero where they agree."""
@@ -38,7 +39,7 @@ class Judge(Protocol):
 
     name: str
 
-    def outputs(self, model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    def outputs(self, backbone: Backbone, pixel_values: torch.Tensor) -> torch.Tensor:
         """What is compared, with the batch as the first dimension."""
 
     def agreement(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
@@ -53,11 +54,14 @@ class Logits:
 
     name = "logits"
 
-    def part(self, model: PreTrainedModel) -> PreTrainedModel:
-        return model
+    def part(self, backbone: Backbone) -> PreTrainedModel:
+        return backbone.model
 
-    def outputs(self, model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-        return F.log_softmax(model(**model_inputs(model, pixel_values)).logits.float(), dim=-1)
+    def outputs(self, backbone: Backbone, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities, float32 `(batch, classes)`."""
+        inputs = model_inputs(backbone.model, backbone, pixel_values)
+        logits = backbone.model(**inputs).logits  # (batch, classes)
+        return F.log_softmax(logits.float(), dim=-1)
 
     def loss(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
         return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
@@ -79,13 +83,13 @@ class Features:
 
     name = "features"
 
-    def part(self, model: PreTrainedModel) -> PreTrainedModel:
-        return find_backbone(model).module
+    def part(self, backbone: Backbone) -> PreTrainedModel:
+        return backbone.module
 
-    def outputs(self, model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    def outputs(self, backbone: Backbone, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(batch, features, hidden size)`, of length 1 along the last dimension."""
-        backbone = find_backbone(model)
-        outputs = backbone.module(**model_inputs(backbone.module, pixel_values))
+        inputs = model_inputs(backbone.module, backbone, pixel_values)
+        outputs = backbone.module(**inputs)
         return F.normalize(_pooled(backbone, outputs).float(), dim=-1)
 
     def loss(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
@@ -134,17 +138,22 @@ class HiddenStates:
     name = "hidden_states"
     judge = Features()
 
-    def part(self, model: PreTrainedModel) -> PreTrainedModel:
-        return self.judge.part(model)
+    def part(self, backbone: Backbone) -> PreTrainedModel:
+        return self.judge.part(backbone)
 
-    def outputs(self, model: PreTrainedModel, pixel_values: torch.Tensor) -> ModelTokens:
-        backbone = find_backbone(model)
+    def outputs(self, backbone: Backbone, pixel_values: torch.Tensor) -> ModelTokens:
         read: list[torch.Tensor] = []
-        norms = (getattr(layer, backbone.architecture.norm_before) for layer in list(backbone.layers)[1:])
-        handles = [norm.register_forward_hook(lambda module, args, output: read.append(output)) for norm in norms]
+
+        def record(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            read.append(output)  # (batch, tokens, hidden size)
+
+        handles = []
+        for layer in list(backbone.layers)[1:]:
+            norm = getattr(layer, backbone.architecture.norm_before)
+            handles.append(norm.register_forward_hook(record))
         try:
-            with trace_tokens(model) as trace:
-                features = self.judge.outputs(model, pixel_values)
+            with traced(backbone) as trace:
+                features = self.judge.outputs(backbone, pixel_values)
         finally:
             for handle in handles:
                 handle.remove()
@@ -152,9 +161,10 @@ class HiddenStates:
         return ModelTokens(features, layers, backbone.protected)
 
     def loss(self, teacher: ModelTokens, student: ModelTokens) -> torch.Tensor:
-        pairs = zip(teacher.layers, student.layers, strict=True)
-        distances = [_distance(*pair, teacher.protected) for pair in pairs]
-        return torch.stack([self.judge.loss(teacher.features, student.features), *distances]).mean()
+        distances = [self.judge.loss(teacher.features, student.features)]
+        for teacher_layer, student_layer in zip(teacher.layers, student.layers, strict=True):
+            distances.append(_distance(teacher_layer, student_layer, teacher.protected))
+        return torch.stack(distances).mean()
 
 
 OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (Logits(), Features(), HiddenStates())}
@@ -182,28 +192,30 @@ def find_objective(name: str, model: PreTrainedModel) -> Objective:
 
 def _pooled(backbone: Backbone, outputs: Any) -> torch.Tensor:
     """`(batch, features, hidden size)`: what heads of the family read."""
-    hidden_states, row = outputs.last_hidden_state, backbone.architecture
-    if not row.restore:
-        return hidden_states[:, : row.protected]
-    parts = [hidden_states[:, backbone.protected :].mean(dim=1)]
+    hidden_states = outputs.last_hidden_state  # (batch, tokens, hidden size)
+    architecture = backbone.architecture
+    if not architecture.restore:
+        return hidden_states[:, : architecture.protected]
+    patch_mean = hidden_states[:, backbone.protected :].mean(dim=1)  # (batch, hidden size)
     # the pooling of ViT and DeiT is random in most checkpoints, that of these families is trained
     pooled = getattr(outputs, "pooler_output", None)
-    if pooled is not None:
-        parts.insert(0, pooled)
+    parts = [patch_mean] if pooled is None else [pooled, patch_mean]
     return torch.stack(parts, dim=1)
 
 
 def _distance(teacher: LayerInputs, student: LayerInputs, protected: int) -> torch.Tensor:
     """How far the student's tokens are from the teacher's at one layer, the mean over images."""
-    groups, count = min(
-        ((tokens.positions, tokens.hidden_states.shape[1]) for tokens in (student, teacher)), key=lambda pair: pair[1]
-    )
-    target, own = (
-        mean_over_groups(tokens.hidden_states.float(), tokens.positions, groups, count) for tokens in (teacher, student)
-    )
-    squares = (target - own).square().sum(-1) / target.square().sum(-1).mean(dim=1, keepdim=True)
-    sizes = group_sizes(groups, count)[:, protected:]
-    patches = (squares[:, protected:] * sizes).sum(dim=1) / sizes.sum(dim=1)
+    # the one that has merged more; of equals the student
+    coarser = teacher if teacher.hidden_states.shape[1] < student.hidden_states.shape[1] else student
+    groups = coarser.positions  # (batch, input tokens)
+    count = coarser.hidden_states.shape[1]
+    target = mean_over_groups(teacher.hidden_states.float(), teacher.positions, groups, count)  # (batch, groups, size)
+    own = mean_over_groups(student.hidden_states.float(), student.positions, groups, count)  # (batch, groups, size)
+    mean_square_length = target.square().sum(-1).mean(dim=1, keepdim=True)  # (batch, 1)
+    squares = (target - own).square().sum(-1) / mean_square_length  # (batch, groups)
+    sizes = group_sizes(groups, count)[:, protected:]  # (batch, patch groups)
+    patches = (squares[:, protected:] * sizes).sum(dim=1) / sizes.sum(dim=1)  # (batch,)
     if protected == 0:
         return patches.mean()
-    return (squares[:, :protected].mean(dim=1) + patches).mean() / 2
+    class_tokens = squares[:, :protected].mean(dim=1)  # (batch,)
+    return (class_tokens + patches).mean() / 2

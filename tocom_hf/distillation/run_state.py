@@ -26,8 +26,10 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass
-class Checkpoint:
-    """All that a run needs to go on as if it had never stopped. Random numbers are functions of keys: they need none.
+class RunState:
+    """What a checkpoint holds: all that a run needs to go on as if it had never stopped.
+
+    Random numbers are functions of keys, so they need no state.
 
     Attributes:
         step: Steps that were done.
@@ -71,7 +73,7 @@ class Checkpoint:
         return target
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Checkpoint":
+    def load(cls, folder: str | Path) -> "RunState":
         """Read a checkpoint.
 
         Raises:
@@ -129,7 +131,7 @@ def make_output_dir(output_dir: str | Path) -> None:
         ) from error
 
 
-def find_checkpoint(output_dir: str | Path, resume_from: str | None) -> tuple[Path, Checkpoint] | None:
+def find_state(output_dir: str | Path, resume_from: str | None) -> tuple[Path, RunState] | None:
     """The checkpoint to go on from: the one named, or with `latest` the newest that is whole.
 
     Returns:
@@ -147,10 +149,10 @@ def find_checkpoint(output_dir: str | Path, resume_from: str | None) -> tuple[Pa
             )
         return None
     if resume_from != "latest":
-        return Path(resume_from), Checkpoint.load(resume_from)
+        return Path(resume_from), RunState.load(resume_from)
     for path in existing:
         try:
-            return path, Checkpoint.load(path)
+            return path, RunState.load(path)
         except CheckpointError as error:
             logger.warning("Falling back to the checkpoint before: %s", error)
     if existing:

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset
 from tocom_hf.devices import evaluation_mode
 from tocom_hf.distillation.objectives import OBJECTIVES
 from tocom_hf.errors import ArgumentError, DatasetError
-from tocom_hf.evaluation.degrees import plain_merging
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.scales.choice import PAPER_SCALES, WIDE_SCALES
 
@@ -154,8 +153,8 @@ def evaluate_checkpoint(
         if len(dataset) == 0:  # type: ignore[arg-type]
             raise DatasetError(f"There are no {kind} images to evaluate on.")
     if model.plugins is not None:
-        for degree in degrees:  # one out of range is an error before the first forward pass
-            model.plugins.compose(model.source_r, degree)
+        for degree in degrees:
+            model.plugins.require(model.source_r, degree)
     reading: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
     loaders = {
         kind: accelerator.prepare_data_loader(DataLoader(data, batch_size=batch_size, **reading)) for kind, data in sets
@@ -167,7 +166,7 @@ def evaluate_checkpoint(
             with model.at(model.source_r):
                 teacher, _ = _predict(model, loaders["validation"], accelerator)
         for degree in degrees:
-            with plain_merging(model, degree):
+            with model.plain_at(degree):
                 plain = _right(*_predict(model, loaders["test"], accelerator))
             if degree == model.source_r or model.plugins is None:
                 runs.append(CellRun(name, model.source_r, degree, plain, {}, {}, (), {}))
@@ -219,12 +218,16 @@ def summarize(runs: Sequence[CellRun]) -> list[Cell]:
     cells: dict[tuple[int, int], list[CellRun]] = defaultdict(list)
     for run in runs:
         cells[run.source_r, run.target_r].append(run)
-    own = {source_r: _mean(run.plain for run in group) for (source_r, r), group in cells.items() if source_r == r}
+    own = {
+        source_r: _mean_over_checkpoints(run.plain for run in group)
+        for (source_r, r), group in cells.items()
+        if source_r == r
+    }
     return [_cell(group, own.get(target_r), own.get(source_r)) for (source_r, target_r), group in sorted(cells.items())]
 
 
 def _cell(group: list[CellRun], trained: torch.Tensor | None, own: torch.Tensor | None) -> Cell:
-    first, plain = group[0], _mean(run.plain for run in group)
+    first, plain = group[0], _mean_over_checkpoints(run.plain for run in group)
     moved = first.source_r != first.target_r
     gap = estimate(trained - plain) if trained is not None and moved else None
     lost = estimate(own - plain) if own is not None and moved else None
@@ -232,7 +235,7 @@ def _cell(group: list[CellRun], trained: torch.Tensor | None, own: torch.Tensor 
     columns |= {f"scale {scale:g}": [scale] * len(group) for scale in first.fixed}
     compensated = {}
     for name, scales in columns.items():
-        tocom = _mean(run.at_scale[scale] for run, scale in zip(group, scales, strict=True))
+        tocom = _mean_over_checkpoints(run.at_scale[scale] for run, scale in zip(group, scales, strict=True))
         gain, gain_se = estimate(tocom - plain)
         closed = gain / gap[0] if gap is not None and gap[0] > 0 else None
         compensated[name] = Compensated(*estimate(tocom), gain, gain_se, closed, tuple(scales))
@@ -248,7 +251,7 @@ def _cell(group: list[CellRun], trained: torch.Tensor | None, own: torch.Tensor 
     return Cell(first.source_r, first.target_r, len(group), compensated=compensated, **estimates)
 
 
-def _mean(rights: Iterable[torch.Tensor]) -> torch.Tensor:
+def _mean_over_checkpoints(rights: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack([right.double() for right in rights]).mean(dim=0)
 
 

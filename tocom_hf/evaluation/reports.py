@@ -3,6 +3,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,22 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tocom_hf.cost.flops import count_flops
-from tocom_hf.evaluation.degrees import throughput
+from tocom_hf.cost.timing import DegreeCost
 from tocom_hf.evaluation.grid import Cell, CellRun, summarize
-from tocom_hf.model.tocom_model import TocomModel
+from tocom_hf.extras import require_extras
 from tocom_hf.storage.repository import read_json
 from tocom_hf.storage.transaction import write_folder
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one degree costs: floating-point operations of one image, images per second, speed-up over degree 0."""
-
-    target_r: int
-    flops: float
-    images_per_second: float | None = None
-    speedup: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +32,7 @@ class Report:
 
     settings: dict[str, Any]
     runs: list[CellRun]
-    costs: list[Cost]
+    costs: list[DegreeCost]
 
     @property
     def cells(self) -> list[Cell]:
@@ -57,7 +47,7 @@ class Report:
             PluginFileError: if it is not valid JSON.
         """
         content = read_json(Path(path))
-        costs = [Cost(**cost) for cost in content["costs"]]
+        costs = [_cost_of(facts) for facts in content["costs"]]
         return cls(content["settings"], [_run_of(facts) for facts in content["runs"]], costs)
 
     def save(self, folder: str | Path) -> None:
@@ -67,7 +57,7 @@ class Report:
             content = {
                 "settings": self.settings,
                 "cells": [asdict(cell) for cell in self.cells],
-                "costs": [asdict(cost) for cost in self.costs],
+                "costs": [_cost_facts(cost) for cost in self.costs],
                 "runs": [_run_facts(run) for run in self.runs],
             }
             (part / "grid.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -91,25 +81,25 @@ class Report:
             cost = costs.get(cell.target_r)
             common = {"source_r": cell.source_r, "target_r": cell.target_r, "checkpoints": cell.checkpoints}
             tail = {
-                "trained_at_target": _percent(cell.trained),
-                "gap": _percent(cell.gap),
-                "gap_se": _percent(cell.gap_se),
-                "lost": _percent(cell.lost),
-                "lost_se": _percent(cell.lost_se),
-                "gflops": cost and round(cost.flops / 1e9, 3),
-                "images_per_second": cost and cost.images_per_second and round(cost.images_per_second, 1),
+                "trained_at_target": _percent_or_none(cell.trained),
+                "gap": _percent_or_none(cell.gap),
+                "gap_se": _percent_or_none(cell.gap_se),
+                "lost": _percent_or_none(cell.lost),
+                "lost_se": _percent_or_none(cell.lost_se),
+                "gflops": round(cost.gflops, 3) if cost else None,
+                "images_per_second": round(cost.images_per_second, 1) if cost and cost.timed else None,
             }
-            accuracy = {"accuracy": _percent(cell.plain), "se": _percent(cell.plain_se)}
+            accuracy = {"accuracy": _percent_or_none(cell.plain), "se": _percent_or_none(cell.plain_se)}
             blank = {"scales": "", "gain": None, "gain_se": None, "gap_closed": None}
             rows.append({**common, "method": "plain", **accuracy, **blank, **tail})
             for name, tocom in cell.compensated.items():
                 figures = {
-                    "accuracy": _percent(tocom.accuracy),
-                    "se": _percent(tocom.se),
+                    "accuracy": _percent_or_none(tocom.accuracy),
+                    "se": _percent_or_none(tocom.se),
                     "scales": " ".join(f"{scale:g}" for scale in tocom.scales),
-                    "gain": _percent(tocom.gain),
-                    "gain_se": _percent(tocom.gain_se),
-                    "gap_closed": _percent(tocom.gap_closed, 0),
+                    "gain": _percent_or_none(tocom.gain),
+                    "gain_se": _percent_or_none(tocom.gain_se),
+                    "gap_closed": _percent_or_none(tocom.gap_closed, 0),
                 }
                 rows.append({**common, "method": name, **figures, **tail})
         return rows
@@ -142,24 +132,10 @@ class Report:
         line("", "trained at target", [_plus_minus(cell.plain, cell.plain_se) if cell else "" for cell in own])
         costs = {cost.target_r: cost for cost in self.costs}
         found_costs = [costs.get(target) for target in targets]
-        line("", "GFLOPs", [f"{cost.flops / 1e9:.2f}" if cost else "" for cost in found_costs])
-        if any(cost.images_per_second for cost in self.costs):
+        line("", "GFLOPs", [f"{cost.gflops:.2f}" if cost else "" for cost in found_costs])
+        if any(cost.timed for cost in self.costs):
             line("", "images/s (speed-up)", [_speed_text(cost) for cost in found_costs])
         return "\n".join(lines)
-
-
-def measure_costs(model: TocomModel, degrees: Sequence[int], pixel_values: torch.Tensor, rounds: int = 5) -> list[Cost]:
-    """Floating-point operations and throughput at several degrees.
-
-    Args:
-        model: The model, in evaluation mode.
-        degrees: The degrees; speed-ups are over degree 0, which is measured too.
-        pixel_values: The batch to run, on the model's device.
-        rounds: Rounds of timing; 0 for none.
-    """
-    height, width = pixel_values.shape[-2:]
-    speed = throughput(model, sorted({0, *degrees}), pixel_values, rounds) if rounds else {}
-    return [Cost(degree, count_flops(model, degree, (height, width)), *speed.get(degree, ())) for degree in degrees]
 
 
 def gap_closed(cells: Iterable[Cell], method: str) -> tuple[float, float] | None:
@@ -197,7 +173,8 @@ def clearly_lost(cell: Cell) -> bool:
 
 def plot_heat_map(report: Report, path: str | Path) -> None:
     """Accuracy over source and target degree, plain and with each set of scales, and the gain of the latter."""
-    from matplotlib.figure import Figure
+    with require_extras("A report"):
+        from matplotlib.figure import Figure
 
     sources = sorted({cell.source_r for cell in report.cells})
     targets = sorted({cell.target_r for cell in report.cells})
@@ -235,16 +212,17 @@ def plot_heat_map(report: Report, path: str | Path) -> None:
 
 def plot_tradeoff(report: Report, path: str | Path) -> None:
     """Accuracy against throughput (floating-point operations where none was measured), a panel for each source."""
-    from matplotlib.figure import Figure
+    with require_extras("A report"):
+        from matplotlib.figure import Figure
 
     costs = {cost.target_r: cost for cost in report.costs}
-    timed = bool(costs) and all(cost.images_per_second for cost in costs.values())
+    timed = bool(costs) and all(cost.timed for cost in costs.values())
 
     def price(target_r: int) -> float:
         cost = costs.get(target_r)
         if cost is None:
             return float(target_r)
-        return (cost.images_per_second or 0.0) if timed else cost.flops / 1e9
+        return cost.images_per_second if timed else cost.gflops
 
     sources = sorted({cell.source_r for cell in report.cells})
     figure = Figure(figsize=(1 + 3.6 * len(sources), 3.6), layout="constrained")
@@ -277,6 +255,18 @@ def _errorbar(
 ) -> None:
     heights, errors = ([100 * value for value in column] for column in zip(*points, strict=True))
     axis.errorbar(prices, heights, yerr=errors, fmt=style, color=colour, label=label, capsize=2, linewidth=1.2)
+
+
+def _cost_facts(cost: DegreeCost) -> dict[str, Any]:
+    """What JSON, which has no NaN, can hold of a cost."""
+    facts = asdict(cost)
+    return {name: None if value != value else value for name, value in facts.items()}
+
+
+def _cost_of(facts: dict[str, Any]) -> DegreeCost:
+    known: dict[str, Any] = {name: math.nan if value is None else value for name, value in facts.items()}
+    known["tokens"] = tuple(facts["tokens"])
+    return DegreeCost(**known)
 
 
 def _run_facts(run: CellRun) -> dict[str, Any]:
@@ -324,7 +314,7 @@ def _title(method: str) -> str:
     return names.get(method, method if method == "plain" else f"ToCom, {method}")
 
 
-def _percent(value: float | None, digits: int = 2) -> float | None:
+def _percent_or_none(value: float | None, digits: int = 2) -> float | None:
     return None if value is None else round(100 * value, digits)
 
 
@@ -349,7 +339,7 @@ def _gap_text(cell: Cell | None, method: str) -> str:
     return f"{100 * tocom.gap_closed:.0f} % of {gap}"
 
 
-def _speed_text(cost: Cost | None) -> str:
-    if cost is None or not cost.images_per_second:
+def _speed_text(cost: DegreeCost | None) -> str:
+    if cost is None or not cost.timed:
         return ""
     return f"{cost.images_per_second:.0f} ({cost.speedup:.2f}x)"

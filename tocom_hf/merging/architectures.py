@@ -30,6 +30,8 @@ class Architecture:
             merge either.
         restore: Whether heads of this family read patch tokens, so that merged tokens must be copied back to the
             positions that they came from.
+        shuffles_patches: Whether every call puts the patches in a random order, as masked autoencoders do.
+        spectrograms: Whether the model takes `input_values`, `(batch, frames, mel bins)`, instead of images.
     """
 
     layers: str = "layers"
@@ -49,6 +51,13 @@ class Architecture:
     protected: int = 1
     registers: str | None = None
     restore: bool = False
+    shuffles_patches: bool = False
+    spectrograms: bool = False
+
+    @property
+    def query_and_value(self) -> tuple[str, str]:
+        """Names, in a transformer layer, of the projections that the paper's plugins apply to."""
+        return f"{self.attention}.{self.query}", f"{self.attention}.{self.value}"
 
 
 _DINOV2 = Architecture(
@@ -77,13 +86,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vit": Architecture(),
     "deit": Architecture(protected=2),  # class and distillation token
     "vit_msn": Architecture(),
-    "vit_mae": Architecture(),
+    "vit_mae": Architecture(shuffles_patches=True),
     "dinov2": _DINOV2,
     "dinov2_with_registers": replace(_DINOV2, registers="num_register_tokens"),
     "clip_vision_model": _CLIP,
     "siglip_vision_model": replace(_CLIP, protected=0),
     "ijepa": Architecture(protected=0, restore=True),
-    "audio-spectrogram-transformer": Architecture(protected=2),
+    "audio-spectrogram-transformer": Architecture(protected=2, spectrograms=True),
 }
 
 _WINDOWED = "it attends within windows of a fixed grid, which merged tokens no longer form"
@@ -102,12 +111,16 @@ REASONS: dict[str, str] = {
 class Backbone(NamedTuple):
     """The part of a model that token merging applies to.
 
+    `find_backbone` looks for it once, at the door of a public function; what lies behind the door is handed the result.
+
     Attributes:
-        path: Its name in the model; empty where the model is the backbone itself.
+        model: The model that was looked at.
+        path: Name of the backbone in the model; empty where the model is the backbone itself.
         module: The backbone, what `AutoModel` would load.
-        architecture: Its table row.
+        architecture: Its entry in the table.
     """
 
+    model: PreTrainedModel
     path: str
     module: PreTrainedModel
     architecture: Architecture
@@ -145,8 +158,11 @@ class Backbone(NamedTuple):
         Raises:
             ArgumentError: if a name stands for nothing.
         """
+        wanted = list(names)
+        if not wanted:
+            raise ArgumentError("target_modules is empty. Name linear layers, or leave it out for query and value.")
         linear = {name: part for name, part in self.layers[0].named_modules() if isinstance(part, nn.Linear)}
-        wanted, found = list(names), set()
+        found: set[str] = set()
         for name in wanted:
             matches = {path for path in linear if name == "all-linear" or f".{path}".endswith(f".{name}")}
             if not name or not matches:
@@ -155,10 +171,7 @@ class Backbone(NamedTuple):
                     f"{', '.join(linear)}. Name some of these, or all-linear."
                 )
             found |= matches
-        if not wanted:
-            raise ArgumentError("target_modules is empty. Name linear layers, or leave it out for query and value.")
-        row = self.architecture
-        if found == {f"{row.attention}.{row.query}", f"{row.attention}.{row.value}"}:
+        if found == {*self.architecture.query_and_value}:
             return None
         return {path: (part.out_features, part.in_features) for path, part in linear.items() if path in found}
 
@@ -174,12 +187,11 @@ def projection_paths(model_type: str, num_layers: int, target_modules: Iterable[
     Raises:
         UnsupportedModelError: if the model type is not in the table.
     """
-    row = ARCHITECTURES.get(model_type)
-    if row is None:
+    architecture = ARCHITECTURES.get(model_type)
+    if architecture is None:
         raise unsupported(model_type)
-    default = (f"{row.attention}.{row.query}", f"{row.attention}.{row.value}")
-    names = default if target_modules is None else tuple(target_modules)
-    return [f"{row.layers}.{i}.{name}" for i in range(num_layers) for name in names]
+    names = architecture.query_and_value if target_modules is None else tuple(target_modules)
+    return [f"{architecture.layers}.{index}.{name}" for index in range(num_layers) for name in names]
 
 
 def find_backbone(model: nn.Module) -> Backbone:
@@ -205,10 +217,10 @@ def find_backbone(model: nn.Module) -> Backbone:
         )
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
-            row = ARCHITECTURES.get(module.config.model_type)
-            if row is not None and _has(module, row.layers):
-                _refuse_unsound_use(model, module)
-                return Backbone(path, module, row)
+            architecture = ARCHITECTURES.get(module.config.model_type)
+            if architecture is not None and _has(module, architecture.layers):
+                _refuse_unsound_use(model, module, architecture)
+                return Backbone(model, path, module, architecture)
     raise unsupported(model.config.model_type)
 
 
@@ -227,8 +239,8 @@ def unsupported(model_type: str) -> UnsupportedModelError:
     )
 
 
-def _refuse_unsound_use(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
-    if backbone.config.model_type == "vit_mae" and (hasattr(model, "decoder") or backbone.config.mask_ratio > 0):
+def _refuse_unsound_use(model: PreTrainedModel, backbone: PreTrainedModel, architecture: Architecture) -> None:
+    if architecture.shuffles_patches and (hasattr(model, "decoder") or backbone.config.mask_ratio > 0):
         raise UnsupportedModelError(
             "Token merging supports the encoder of ViT-MAE without random masking. "
             "Load ViTMAEModel with config.mask_ratio = 0; the pre-training decoder needs every token."
@@ -238,7 +250,8 @@ def _refuse_unsound_use(model: PreTrainedModel, backbone: PreTrainedModel) -> No
             f"{type(backbone).__name__} returns feature maps of {', '.join(backbone.out_features)}, but only the last "
             f"stage can be restored to a grid. Load it with out_features=[{backbone.stage_names[-1]!r}]."
         )
-    layer, last = getattr(model.config, "vision_feature_layer", None), backbone.config.num_hidden_layers
+    layer = getattr(model.config, "vision_feature_layer", None)
+    last = backbone.config.num_hidden_layers
     if layer not in (None, -1, last, [-1], [last]):
         raise UnsupportedModelError(
             f"{type(model).__name__} reads layer {layer} of its vision part (vision_feature_layer), but merged tokens "

@@ -7,19 +7,27 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.architectures import Backbone
 
 
-def model_inputs(model: PreTrainedModel, pixel_values: torch.Tensor) -> dict[str, Any]:
-    """The arguments of a forward call under the names that the model gives them."""
-    config = find_backbone(model).module.config
-    inputs: dict[str, Any] = {model.main_input_name: pixel_values}
+def model_inputs(module: PreTrainedModel, backbone: Backbone, pixel_values: torch.Tensor) -> dict[str, Any]:
+    """The arguments of a forward call under the names that the model gives them.
+
+    Args:
+        module: What is called: the whole model, or its backbone.
+        backbone: The backbone in it.
+        pixel_values: `(batch, channels, height, width)`, or what the model takes instead.
+    """
+    config = backbone.module.config
+    inputs: dict[str, Any] = {module.main_input_name: pixel_values}
     trained_at = getattr(config, "image_size", None)
-    trained_at = (trained_at, trained_at) if isinstance(trained_at, int) else trained_at
-    takes_any_size = "interpolate_pos_encoding" in inspect.signature(type(model).forward).parameters
+    if isinstance(trained_at, int):
+        trained_at = (trained_at, trained_at)
+    takes_any_size = "interpolate_pos_encoding" in inspect.signature(type(module).forward).parameters
     if takes_any_size and trained_at is not None and tuple(trained_at) != tuple(pixel_values.shape[2:]):
         inputs["interpolate_pos_encoding"] = True
-    if config.model_type == "vit_mae":  # without merging the order decides about rounding alone, but about that it does
+    if backbone.architecture.shuffles_patches:
+        # without merging the order of the patches decides about rounding alone, but about that it does
         inputs["noise"] = ascending_noise(pixel_values, config.patch_size)
     return inputs
 

@@ -16,15 +16,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tocom_hf.errors import UnsupportedModelError
 from tocom_hf.merging.architectures import Architecture
 from tocom_hf.merging.schedule import clamp_r
+from tocom_hf.merging.subclassing import RuntimeSubclass, runtime_subclass
 from tocom_hf.merging.tokens import (
     MergePlan,
     extend_heads,
     follow_tokens,
     match_tokens,
     merge_tokens,
-    plan_merge,
     proportional_bias,
     restore_tokens,
+    weigh_merge,
 )
 
 
@@ -37,14 +38,6 @@ class MergeSettings:
     proportional_attention: bool = True
     restore: bool = False
     class_tokens_only: bool = False
-
-
-@dataclass(frozen=True)
-class LayerPart:
-    """What a patched layer knows about itself."""
-
-    index: int
-    architecture: Architecture
 
 
 @dataclass
@@ -68,7 +61,7 @@ class AttentionCall(NamedTuple):
 
     Attributes:
         settings: The settings of the call.
-        sizes: Sizes of the tokens that enter, or `None` where all are 1.
+        sizes: Sizes of the tokens that enter, float32 `(batch, tokens)`, or `None` where all are 1.
         r: How many tokens to merge.
         plan: The plan to merge by where the layer is recomputed, else `None`.
         queries: How many tokens to compute, from the front; `None` for all.
@@ -81,52 +74,68 @@ class AttentionCall(NamedTuple):
     queries: int | None
 
 
-class Merging(nn.Module):
-    """What the merging subclasses share: they are made at run time, so pickling goes by the stock class."""
+class Merging(RuntimeSubclass, nn.Module):
+    """What merging layers and merging attention blocks share. `apply_tome` sets what `remove_tome` deletes again.
 
-    stock_class: type[nn.Module]
+    Attributes:
+        tome_architecture: Names of the parts of the layer and of its attention block.
+    """
 
-    def __reduce_ex__(self, protocol):
-        _, _, *state = tuple(super().__reduce_ex__(protocol))
-        mixin = MergingLayer if isinstance(self, MergingLayer) else MergingAttention
-        return _new_instance, (self.stock_class, mixin), *state
+    tome_architecture: Architecture
 
 
 class MergingLayer(Merging):
-    """Mixin for a pre-norm transformer layer: merges between attention and MLP (ToMe, section 3)."""
+    """Mixin for a pre-norm transformer layer: merges between attention and MLP (ToMe, section 3).
 
-    tome_part: LayerPart
+    Attributes:
+        tome_index: Which layer of the model it is.
+    """
+
+    tome_index: int
 
     def forward(self, hidden_states, attention_mask=None, tome: TokenState | None = None, **kwargs):
+        # A mask that arrives here is one of ones, which transformers makes while a model is exported.
         if tome is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        # A mask that arrives here is one of ones, which transformers makes while a model is exported.
-        index, row = self.tome_part.index, self.tome_part.architecture
-        settings, sizes = tome.settings, tome.sizes.get(index - 1)
-        r = clamp_r(settings.schedule[index], hidden_states.shape[1], settings.protected)
-        last = index == len(settings.schedule) - 1
-        queries = settings.protected if last and settings.class_tokens_only else None
-        if queries is not None:
-            r = 0  # class tokens do not merge, and no others leave this layer
-        if sizes is None and r == 0 and queries is None:
+        call = self._attention_call(tome, hidden_states.shape[1])
+        if call.sizes is None and call.r == 0 and call.queries is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
 
-        normed = getattr(self, row.norm_before)(hidden_states)
-        call = AttentionCall(settings, sizes, r, tome.plans.get(index), queries)
-        branch, _, merge = getattr(self, row.attention)(normed, tome=call, **kwargs)
+        names = self.tome_architecture
+        normed = getattr(self, names.norm_before)(hidden_states)  # (batch, tokens, hidden)
+        branch, _, merge = getattr(self, names.attention)(normed, call=call, **kwargs)  # (batch, tokens - r, hidden)
+        sizes = call.sizes
         if merge is not None:
-            tome.plans[index], sizes = merge.plan, merge.sizes
-            hidden_states = merge_tokens(hidden_states, merge)
-        elif queries is not None:
-            hidden_states = hidden_states[:, :queries]
-        tome.sizes[index] = cast(torch.Tensor, sizes)
-        hidden_states = _residual(self, row.scale_attention, row.drop, branch) + hidden_states
-        branch = getattr(self, row.mlp)(getattr(self, row.norm_after)(hidden_states))
-        hidden_states = _residual(self, row.scale_mlp, row.drop, branch) + hidden_states
-        if settings.restore and last:
-            positions = follow_tokens(tome.plans[i] for i in sorted(tome.plans))
-            hidden_states = restore_tokens(hidden_states, cast(torch.Tensor, positions))
+            tome.plans[self.tome_index] = merge.plan
+            sizes = merge.sizes  # (batch, tokens - r)
+            hidden_states = merge_tokens(hidden_states, merge)  # (batch, tokens - r, hidden)
+        elif call.queries is not None:
+            hidden_states = hidden_states[:, : call.queries]  # (batch, protected, hidden)
+        tome.sizes[self.tome_index] = cast(torch.Tensor, sizes)
+
+        hidden_states = _scaled_and_dropped(self, names.scale_attention, names.drop, branch) + hidden_states
+        branch = getattr(self, names.mlp)(getattr(self, names.norm_after)(hidden_states))
+        hidden_states = _scaled_and_dropped(self, names.scale_mlp, names.drop, branch) + hidden_states
+        if tome.settings.restore and self._is_last(tome):
+            positions = follow_tokens(tome.plans[index] for index in sorted(tome.plans))  # (batch, input tokens)
+            hidden_states = restore_tokens(
+                hidden_states, cast(torch.Tensor, positions)
+            )  # (batch, input tokens, hidden)
         return hidden_states
+
+    def _attention_call(self, tome: TokenState, tokens: int) -> AttentionCall:
+        """What this layer does to the tokens of a call."""
+        settings = tome.settings
+        sizes = tome.sizes.get(self.tome_index - 1)  # (batch, tokens)
+        plan = tome.plans.get(self.tome_index)
+        if settings.class_tokens_only and self._is_last(tome):
+            # class tokens do not merge, and no others leave this layer
+            return AttentionCall(settings, sizes, r=0, plan=plan, queries=settings.protected)
+        r = clamp_r(settings.schedule[self.tome_index], tokens, settings.protected)
+        return AttentionCall(settings, sizes, r=r, plan=plan, queries=None)
+
+    def _is_last(self, tome: TokenState) -> bool:
+        return self.tome_index == len(tome.settings.schedule) - 1
 
 
 class MergingAttention(Merging):
@@ -136,64 +145,68 @@ class MergingAttention(Merging):
     fewer tokens.
     """
 
-    tome_part: Architecture
     config: PreTrainedConfig
+    head_dim: int
 
-    def forward(self, hidden_states, attention_mask=None, *, tome: AttentionCall | None = None, **kwargs):
-        if tome is None:
+    def forward(self, hidden_states, attention_mask=None, *, call: AttentionCall | None = None, **kwargs):
+        if call is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        row, settings = self.tome_part, tome.settings
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        querying = hidden_states if tome.queries is None else hidden_states[:, : tome.queries]
-        query = getattr(self, row.query)(querying).view(*querying.shape[:-1], -1, self.head_dim).transpose(1, 2)
-        key = getattr(self, row.key)(hidden_states).view(shape)
-        value = getattr(self, row.value)(hidden_states).view(shape).transpose(1, 2)
-        metric = key.detach()
-        key, scaling, bias = key.transpose(1, 2), getattr(self, row.scaling), None
-        sizes = tome.sizes if settings.proportional_attention else None
+        names = self.tome_architecture
+        querying = hidden_states if call.queries is None else hidden_states[:, : call.queries]
+        query = self._split_heads(getattr(self, names.query)(querying))  # (batch, queries, heads, head_dim)
+        key = self._split_heads(getattr(self, names.key)(hidden_states))  # (batch, tokens, heads, head_dim)
+        value = self._split_heads(getattr(self, names.value)(hidden_states))  # (batch, tokens, heads, head_dim)
+        output, weights = self._attend(query, key, value, call, **kwargs)  # (batch, queries, heads * head_dim)
+        merge = None
+        if call.r > 0:
+            plan = call.plan
+            if plan is None:
+                metric = key.detach().mean(dim=2)  # (batch, tokens, head_dim)
+                plan = match_tokens(metric, call.r, call.settings.protected)
+            merge = weigh_merge(plan, call.sizes)
+            output = merge_tokens(output, merge)  # (batch, tokens - r, heads * head_dim)
+        return getattr(self, names.output)(output), weights, merge
+
+    def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """`(batch, tokens, heads * head_dim)` as `(batch, tokens, heads, head_dim)`."""
+        return projected.view(*projected.shape[:-1], -1, self.head_dim)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention in whichever implementation the model is set to, with the proportional bias (ToMe, eq. 1).
+
+        Returns:
+            `(batch, queries, heads * head_dim)`, and the attention weights where the implementation tells them.
+        """
+        query = query.transpose(1, 2)  # (batch, heads, queries, head_dim)
+        key = key.transpose(1, 2)  # (batch, heads, tokens, head_dim)
+        value = value.transpose(1, 2)  # (batch, heads, tokens, head_dim)
+        names = self.tome_architecture
+        scaling = getattr(self, names.scaling)
         implementation = self.config._attn_implementation
-        if sizes is not None:
+        bias = None
+        if call.sizes is not None and call.settings.proportional_attention:
             if implementation == "flex_attention":  # takes no bias that broadcasts, and crashes on CPUs with any other
                 raise UnsupportedModelError(
                     "Proportional attention does not work with flex_attention. Call "
                     'model.set_attn_implementation("sdpa"), or "eager" or a flash kernel.'
                 )
             if "flash" in implementation:  # these kernels take no bias
-                query, key, value = extend_heads(query, key, value, sizes, scaling)
+                query, key, value = extend_heads(query, key, value, call.sizes, scaling)
             else:
-                bias = proportional_bias(sizes, key.dtype)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            implementation, sys.modules[self.stock_class.__module__].eager_attention_forward
-        )
-        dropout = getattr(self, row.dropout) if self.training else 0.0
+                bias = proportional_bias(call.sizes, key.dtype)  # (batch, 1, 1, tokens)
+        stock_module = sys.modules[self.stock_class.__module__]
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, stock_module.eager_attention_forward)
+        dropout = getattr(self, names.dropout) if self.training else 0.0
         output, weights = attention(self, query, key, value, bias, dropout=dropout, scaling=scaling, **kwargs)
-        output, merge = output[..., : self.head_dim].reshape(*querying.shape[:-1], -1), None
-        if tome.r > 0:
-            plan = tome.plan or match_tokens(metric.mean(dim=2), tome.r, settings.protected)
-            merge = plan_merge(plan, tome.sizes)
-            output = merge_tokens(output, merge)
-        return getattr(self, row.output)(output), weights, merge
-
-
-def _residual(layer: nn.Module, scale: str | None, drop: str | None, branch: torch.Tensor) -> torch.Tensor:
-    """What a layer does to a branch before it joins the residual stream: layer scale, then dropout or drop path."""
-    if scale:
-        branch = getattr(layer, scale)(branch)
-    return getattr(layer, drop)(branch) if drop else branch
-
-
-def _new_instance(stock_class: type[nn.Module], mixin: type[Merging]) -> nn.Module:
-    cls = merging_class(stock_class, mixin)
-    return cls.__new__(cls)
-
-
-_CLASSES: dict[type[nn.Module], type[Merging]] = {}
+        # cuts off the channels that extend_heads added
+        output = output[..., : self.head_dim]  # (batch, queries, heads, head_dim)
+        return output.reshape(*output.shape[:2], -1), weights
 
 
 def merging_class(stock_class: type[nn.Module], mixin: type[Merging]) -> type[Merging]:
-    """The merging subclass of a transformers class, made once per process.
-
-    It keeps the name of the stock class: FSDP wrapping policies, `_no_split_modules` and saved configurations go by it.
+    """The merging subclass of a transformers class.
 
     Raises:
         UnsupportedModelError: if the class is not one of transformers' own.
@@ -203,8 +216,13 @@ def merging_class(stock_class: type[nn.Module], mixin: type[Merging]) -> type[Me
             f"{stock_class.__module__}.{stock_class.__qualname__} is not a class of transformers, so token merging "
             "cannot know what its forward does. Supported are the stock layers of the listed architectures."
         )
-    if stock_class not in _CLASSES:
-        members = {name: getattr(stock_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-        merging_class = type(stock_class.__name__, (mixin, stock_class), {**members, "stock_class": stock_class})
-        _CLASSES.setdefault(stock_class, merging_class)
-    return _CLASSES[stock_class]
+    return runtime_subclass(mixin, stock_class)
+
+
+def _scaled_and_dropped(layer: nn.Module, scale: str | None, drop: str | None, branch: torch.Tensor) -> torch.Tensor:
+    """What a layer does to a branch before it joins the residual stream: layer scale, then dropout or drop path."""
+    if scale is not None:
+        branch = getattr(layer, scale)(branch)
+    if drop is not None:
+        branch = getattr(layer, drop)(branch)
+    return branch

@@ -8,18 +8,13 @@ call its own `TokenState` as the keyword argument `tome`; the layers, whose clas
 import contextlib
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import cast
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from tocom_hf.errors import ArgumentError, DegreeError, UnsupportedInputError, UnsupportedModelError
 from tocom_hf.merging.architectures import Backbone, find_backbone
 from tocom_hf.merging.inputs import ascending_noise
 from tocom_hf.merging.layers import (
-    LayerPart,
     MergeSettings,
     Merging,
     MergingAttention,
@@ -28,7 +23,6 @@ from tocom_hf.merging.layers import (
     merging_class,
 )
 from tocom_hf.merging.schedule import Schedule, resolve_schedule
-from tocom_hf.merging.tokens import output_positions
 
 
 def apply_tome(
@@ -80,70 +74,59 @@ def apply_tome(
     ```
     """
     backbone = find_backbone(model)
-    hook = _find_hook(backbone.module)
-    if hook is not None and hook.bound and resolve_schedule(r, len(backbone.layers)) != hook.settings.schedule:
+    hook = _find_hook(backbone)
+    bound = hook is not None and hook.bound
+    if hook is not None and bound and resolve_schedule(r, len(backbone.layers)) != hook.settings.schedule:
         raise DegreeError(
             "The model is a TocomModel, which changes its weights with its degree: call model.set_target_r(...) "
             "instead of apply_tome. For merging without compensation load the checkpoint with its transformers class."
         )
-    return set_merging(
-        model,
+    set_merging(
+        backbone,
         r,
         proportional_attention=proportional_attention,
         restore=restore,
         class_tokens_only=class_tokens_only,
-        bound=hook is not None and hook.bound,
+        bound=bound,
     )
+    return model
 
 
 def set_merging(
-    model: PreTrainedModel,
+    backbone: Backbone,
     r: Schedule,
     *,
     proportional_attention: bool | None = None,
     restore: bool | None = None,
     class_tokens_only: bool | None = None,
     bound: bool = False,
-) -> PreTrainedModel:
+) -> None:
     """What `apply_tome` does, for those who answer for the weights.
 
     Args:
-        model, r, proportional_attention, restore, class_tokens_only: As in `apply_tome`.
+        backbone: Of the model to patch.
+        r, proportional_attention, restore, class_tokens_only: As in `apply_tome`.
         bound: Whether the weights belong to this degree, so that `apply_tome` shall not change it.
     """
-    backbone = find_backbone(model)
-    schedule = resolve_schedule(r, len(backbone.layers))
-    hook = _find_hook(backbone.module)
-    if proportional_attention is None:
-        proportional_attention = hook is None or hook.settings.proportional_attention
-    if class_tokens_only is None:
-        class_tokens_only = hook is not None and hook.settings.class_tokens_only
-    if restore is None and hook is not None:
-        restore = hook.settings.restore
-    elif restore is None:
-        # the decoders of SimMIM-style models read the patch tokens
-        restore = backbone.architecture.restore or hasattr(model, "decoder")
-    if class_tokens_only and (restore or backbone.protected == 0):
+    hook = _find_hook(backbone)
+    known = _default_settings(backbone) if hook is None else hook.settings
+    settings = MergeSettings(
+        schedule=resolve_schedule(r, len(backbone.layers)),
+        protected=backbone.protected,
+        proportional_attention=_given_or(proportional_attention, known.proportional_attention),
+        restore=_given_or(restore, known.restore),
+        class_tokens_only=_given_or(class_tokens_only, known.class_tokens_only),
+    )
+    if settings.class_tokens_only and (settings.restore or backbone.protected == 0):
         raise ArgumentError(
-            f"class_tokens_only does not fit {type(model).__name__}, whose head reads patch tokens, nor restore=True."
+            f"class_tokens_only does not fit {type(backbone.model).__name__}, whose head reads patch tokens, nor "
+            "restore=True."
         )
-    settings = MergeSettings(schedule, backbone.protected, proportional_attention, restore, class_tokens_only)
-    if hook is not None:
-        hook.settings, hook.bound = settings, bound
-        return model
-    _refuse_wrapped_forwards(backbone)
-    attentions = [getattr(layer, backbone.architecture.attention) for layer in backbone.layers]
-    # name every class before the first is replaced, so that a failure leaves the model as it was
-    layer_classes = [merging_class(type(layer), MergingLayer) for layer in backbone.layers]
-    attention_classes = [merging_class(type(attention), MergingAttention) for attention in attentions]
-    for index, (layer, attention) in enumerate(zip(backbone.layers, attentions, strict=True)):
-        layer.__class__, attention.__class__ = layer_classes[index], attention_classes[index]
-        layer.tome_part = LayerPart(index, backbone.architecture)  # type: ignore[assignment]
-        attention.tome_part = backbone.architecture
-    names = list(inspect.signature(type(backbone.module).forward).parameters)[1:]
-    mask_index = names.index("attention_mask") if "attention_mask" in names else None
-    backbone.module.register_forward_pre_hook(MergeHook(settings, mask_index, bound), with_kwargs=True)
-    return model
+    if hook is None:
+        _patch(backbone, MergeHook(settings, backbone, bound))
+    else:
+        hook.settings = settings
+        hook.bound = bound
 
 
 def remove_tome(model: PreTrainedModel) -> PreTrainedModel:
@@ -170,135 +153,63 @@ def remove_tome(model: PreTrainedModel) -> PreTrainedModel:
 
     ```
     """
-    hook = _find_hook(find_backbone(model).module)
+    backbone = find_backbone(model)
+    hook = _find_hook(backbone)
     if hook is not None and hook.bound:
         raise UnsupportedModelError(
             "The model is a TocomModel, whose weights are those of its degree. model.set_target_r(model.source_r) puts "
             "back the weights of the checkpoint; for a model that does not merge at all load the checkpoint with its "
             "transformers class."
         )
-    return unset_merging(model)
-
-
-def unset_merging(model: PreTrainedModel) -> PreTrainedModel:
-    """What `remove_tome` does, for those who answer for the weights."""
-    backbone = find_backbone(model)
-    hooks = backbone.module._forward_pre_hooks
-    if _find_hook(backbone.module) is not None:
-        _refuse_wrapped_forwards(backbone)
-    for key in [key for key, hook in hooks.items() if isinstance(hook, MergeHook)]:
-        del hooks[key]
-        del backbone.module._forward_pre_hooks_with_kwargs[key]
-    for module in backbone.layers.modules():
-        if isinstance(module, Merging):
-            module.__class__ = module.stock_class  # type: ignore[assignment]
-            del module.tome_part
+    unset_merging(backbone)
     return model
 
 
-def get_schedule(model: PreTrainedModel) -> tuple[int, ...] | None:
-    """The degrees per layer that a model merges at, or `None` where it is not patched."""
-    settings = get_settings(model)
-    return None if settings is None else settings.schedule
+def unset_merging(backbone: Backbone) -> None:
+    """What `remove_tome` does, for those who answer for the weights."""
+    hooks = backbone.module._forward_pre_hooks
+    keys = [key for key, hook in hooks.items() if isinstance(hook, MergeHook)]
+    if keys:
+        _refuse_wrapped_forwards(backbone)
+    for key in keys:
+        del hooks[key]
+        del backbone.module._forward_pre_hooks_with_kwargs[key]
+    for module in backbone.layers.modules():
+        if isinstance(module, MergingLayer):
+            del module.tome_index
+        if isinstance(module, Merging):
+            del module.tome_architecture
+            module.__class__ = module.stock_class  # type: ignore[assignment]
 
 
-def get_settings(model: PreTrainedModel) -> MergeSettings | None:
+def get_settings(backbone: Backbone) -> MergeSettings | None:
     """How a model merges, or `None` where it is not patched."""
-    hook = _find_hook(find_backbone(model).module)
+    hook = _find_hook(backbone)
     return None if hook is None else hook.settings
 
 
 @contextlib.contextmanager
-def merging_at(model: PreTrainedModel, r: Schedule) -> Iterator[PreTrainedModel]:
+def merging_at(backbone: Backbone, r: Schedule) -> Iterator[None]:
     """Merge at another degree within a `with` block, with the weights as they are; afterwards the model is as before.
 
     Args:
-        model: A model of a supported architecture, patched or not.
+        backbone: Of a model that is patched or not.
         r: As in `apply_tome`.
     """
-    hook = _find_hook(find_backbone(model).module)
-    before = None if hook is None else hook.settings
-    set_merging(model, r, bound=hook is not None and hook.bound)
-    try:
-        yield model
-    finally:
-        if hook is None:
-            unset_merging(model)
-        else:
-            hook.settings = cast(MergeSettings, before)
-
-
-@dataclass
-class TokenTrace:
-    """Where the tokens of the last forward call went.
-
-    Attributes:
-        protected: Tokens at the front that never merge; the others are patches in the order of the grid.
-        positions: For every layer, the position after it of each token that entered the first layer: int64
-            `(batch, input tokens)`. Tokens with the same position were merged.
-    """
-
-    protected: int = 0
-    positions: list[torch.Tensor] = field(default_factory=list)
-
-
-@contextlib.contextmanager
-def trace_tokens(model: PreTrainedModel) -> Iterator[TokenTrace]:
-    """Record which input tokens went into which output token, for each forward call within the `with` block.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from transformers import ViTConfig, ViTModel
-    >>> from tocom_hf import apply_tome, trace_tokens
-    >>> model = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64))
-    >>> with trace_tokens(apply_tome(model, r=3)) as trace:
-    ...     output = model(torch.rand(1, 3, 64, 64))
-    >>> trace.positions[-1].shape  # where each of the 17 input tokens is after the last layer
-    torch.Size([1, 17])
-    >>> trace.positions[-1].unique().numel()
-    11
-
-    ```
-
-    Args:
-        model: A model that `apply_tome` patched.
-
-    Yields:
-        The trace of the last call; empty before the first.
-
-    Raises:
-        UnsupportedModelError: if the model is not patched.
-    """
-    backbone = find_backbone(model)
-    hook = _find_hook(backbone.module)
+    hook = _find_hook(backbone)
     if hook is None:
-        raise UnsupportedModelError("The model does not merge tokens, so there is nothing to trace. Call apply_tome.")
-    trace = TokenTrace(hook.settings.protected)
-    entering: list[torch.Tensor] = []
-
-    def before(layer: nn.Module, args: tuple) -> None:
-        entering[:] = [args[0]]
-
-    def after(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        batch, tokens, _ = entering[0].shape
-        positions = torch.arange(tokens, device=entering[0].device).expand(batch, -1)
-        trace.positions = []
-        for index in range(len(backbone.layers)):
-            plan = kwargs["tome"].plans.get(index)
-            positions = positions if plan is None else output_positions(plan).gather(1, positions)
-            trace.positions.append(positions)
-
-    handles = (
-        backbone.layers[0].register_forward_pre_hook(before),
-        backbone.module.register_forward_hook(after, with_kwargs=True),
-    )
+        set_merging(backbone, r)
+        try:
+            yield
+        finally:
+            unset_merging(backbone)
+        return
+    before = hook.settings
+    set_merging(backbone, r, bound=hook.bound)
     try:
-        yield trace
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        hook.settings = before
 
 
 class MergeHook:
@@ -306,25 +217,63 @@ class MergeHook:
 
     Args:
         settings: How to merge.
-        mask_index: Position of `attention_mask` among the arguments of the backbone's forward, or `None`.
+        backbone: The backbone that calls it.
         bound: Whether the weights belong to the degree, as those of a `TocomModel` do.
     """
 
-    def __init__(self, settings: MergeSettings, mask_index: int | None, bound: bool):
-        self.settings, self.mask_index, self.bound = settings, mask_index, bound
+    def __init__(self, settings: MergeSettings, backbone: Backbone, bound: bool):
+        self.settings = settings
+        self.bound = bound
+        self.shuffles_patches = backbone.architecture.shuffles_patches
+        # the position of the mask among the arguments of the backbone's forward
+        names = list(inspect.signature(type(backbone.module).forward).parameters)[1:]
+        self.mask_index = names.index("attention_mask") if "attention_mask" in names else None
 
     def __call__(self, module: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        positional = self.mask_index is not None and len(args) > self.mask_index and args[self.mask_index] is not None
-        if positional or kwargs.get("attention_mask") is not None:
+        if self._is_masked(args, kwargs):
             raise UnsupportedInputError(
                 "Token merging does not take an attention mask: merged tokens have no single position to mask. "
                 "Call the model without attention_mask, or undo apply_tome first with remove_tome(model)."
             )
-        if module.config.model_type == "vit_mae" and len(args) < 2 and kwargs.get("noise") is None:
+        if self.shuffles_patches and len(args) < 2 and kwargs.get("noise") is None:
             # which tokens may merge depends on their order, and the model shuffles them anew in every call
             pixel_values = args[0] if args else kwargs["pixel_values"]
             kwargs = {**kwargs, "noise": ascending_noise(pixel_values, module.config.patch_size)}
         return args, {**kwargs, "tome": TokenState(self.settings)}
+
+    def _is_masked(self, args: tuple, kwargs: dict) -> bool:
+        if self.mask_index is not None and len(args) > self.mask_index:
+            return args[self.mask_index] is not None
+        return kwargs.get("attention_mask") is not None
+
+
+def _default_settings(backbone: Backbone) -> MergeSettings:
+    """How a model merges that was told nothing but a degree."""
+    # the decoders of SimMIM-style models read the patch tokens
+    reads_patches = backbone.architecture.restore or hasattr(backbone.model, "decoder")
+    return MergeSettings(schedule=(), protected=backbone.protected, restore=reads_patches)
+
+
+def _given_or(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
+
+
+def _patch(backbone: Backbone, hook: MergeHook) -> None:
+    """Give layers and attention blocks their merging classes, and the backbone the hook that they need."""
+    _refuse_wrapped_forwards(backbone)
+    layers = list(backbone.layers)
+    attentions = [getattr(layer, backbone.architecture.attention) for layer in layers]
+    # name every class before the first is replaced, so that a failure leaves the model as it was
+    layer_classes = [merging_class(type(layer), MergingLayer) for layer in layers]
+    attention_classes = [merging_class(type(attention), MergingAttention) for attention in attentions]
+    for index, layer in enumerate(layers):
+        layer.__class__ = layer_classes[index]
+        layer.tome_index = index  # type: ignore[assignment]
+        layer.tome_architecture = backbone.architecture  # type: ignore[assignment]
+    for index, attention in enumerate(attentions):
+        attention.__class__ = attention_classes[index]
+        attention.tome_architecture = backbone.architecture
+    backbone.module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _refuse_wrapped_forwards(backbone: Backbone) -> None:
@@ -337,5 +286,8 @@ def _refuse_wrapped_forwards(backbone: Backbone) -> None:
             )
 
 
-def _find_hook(backbone: nn.Module) -> MergeHook | None:
-    return next((hook for hook in backbone._forward_pre_hooks.values() if isinstance(hook, MergeHook)), None)
+def _find_hook(backbone: Backbone) -> MergeHook | None:
+    for hook in backbone.module._forward_pre_hooks.values():
+        if isinstance(hook, MergeHook):
+            return hook
+    return None

@@ -66,39 +66,45 @@ def match_tokens(metric: torch.Tensor, r: int, protected: int) -> MergePlan:
     if metric.dtype in (torch.float16, torch.bfloat16):
         metric = metric.float()
     metric = F.normalize(metric, dim=-1)
-    # first unprotected even and odd position
-    first_a, first_b = protected + protected % 2, protected + 1 - protected % 2
+    # the first even and the first odd position that are not protected
+    first_a = protected + protected % 2
+    first_b = protected + 1 - protected % 2
+    a_metric = metric[:, first_a::2]  # (batch, A, channels)
+    b_metric = metric[:, first_b::2]  # (batch, B, channels)
     with torch.autocast(metric.device.type, enabled=False):
-        similarity, partner = (metric[:, first_a::2] @ metric[:, first_b::2].transpose(1, 2)).max(dim=-1)
-    num_a, num_b = similarity.shape[1], (tokens - first_b + 1) // 2
-    order = similarity.argsort(dim=1, descending=True)
-    into = partner.gather(1, order[:, :r]) + (protected + num_a - r)
-    a_tokens = order * 2 + first_a
-    merged, stays = a_tokens[:, :r], a_tokens[:, r:].sort(dim=1).values
-    front = torch.arange(protected, device=metric.device).expand(batch, -1)
-    b_tokens = torch.arange(first_b, tokens, 2, device=metric.device).expand(batch, num_b)
-    return MergePlan(torch.cat([front, stays, b_tokens], dim=1), merged, into)
+        cosines = a_metric @ b_metric.transpose(1, 2)  # (batch, A, B)
+    similarity, partner = cosines.max(dim=-1)  # (batch, A)
+
+    order = similarity.argsort(dim=1, descending=True)  # (batch, A)
+    a_positions = order * 2 + first_a  # (batch, A)
+    merged = a_positions[:, :r]  # (batch, r)
+    stays = a_positions[:, r:].sort(dim=1).values  # (batch, A - r)
+    b_tokens_before = protected + a_metric.shape[1] - r
+    into = partner.gather(1, order[:, :r]) + b_tokens_before  # (batch, r)
+
+    front = torch.arange(protected, device=metric.device).expand(batch, -1)  # (batch, protected)
+    b_positions = torch.arange(first_b, tokens, 2, device=metric.device).expand(batch, -1)  # (batch, B)
+    kept = torch.cat([front, stays, b_positions], dim=1)  # (batch, tokens - r)
+    return MergePlan(kept, merged, into)
 
 
-def plan_merge(plan: MergePlan, sizes: torch.Tensor | None) -> Merge:
+def weigh_merge(plan: MergePlan, sizes: torch.Tensor | None) -> Merge:
     """Add the sizes of the merged tokens up, and with them the weights of the mean.
 
     Args:
         plan: Which token goes where.
         sizes: Float32 `(batch, tokens)`, or `None` where every token still has size 1.
     """
+    device = plan.kept.device
     if sizes is None:
-        sizes_out = torch.ones(plan.kept.shape, dtype=torch.float32, device=plan.kept.device)
-        own = torch.ones(plan.into.shape, dtype=torch.float32, device=plan.kept.device)
+        sizes_out = torch.ones(plan.kept.shape, dtype=torch.float32, device=device)  # (batch, tokens - r)
+        own = torch.ones(plan.into.shape, dtype=torch.float32, device=device)  # (batch, r)
     else:
-        sizes_out, own = sizes.gather(1, plan.kept), sizes.gather(1, plan.merged)
+        sizes_out = sizes.gather(1, plan.kept)  # (batch, tokens - r)
+        own = sizes.gather(1, plan.merged)  # (batch, r)
     sizes_out = sizes_out.scatter_add(1, plan.into, own)
-    share = own / sizes_out.gather(1, plan.into)
-    batch, tokens_out = plan.kept.shape
-    first = torch.arange(batch, device=plan.kept.device).unsqueeze(1)
-    first_in, first_out = first * (tokens_out + plan.merged.shape[1]), first * tokens_out
-    rows = MergePlan(plan.kept + first_in, plan.merged + first_in, plan.into + first_out)
-    return Merge(plan, sizes_out, share, MergePlan(*(index.flatten() for index in rows)))
+    share = own / sizes_out.gather(1, plan.into)  # (batch, r)
+    return Merge(plan, sizes_out, share, _flat_rows(plan))
 
 
 def merge_tokens(hidden_states: torch.Tensor, merge: Merge) -> torch.Tensor:
@@ -109,18 +115,19 @@ def merge_tokens(hidden_states: torch.Tensor, merge: Merge) -> torch.Tensor:
 
     Args:
         hidden_states: Floating `(batch, tokens, hidden)`.
-        merge: What `plan_merge` returned.
+        merge: What `weigh_merge` returned.
 
     Returns:
         `(batch, tokens - r, hidden)`, in the dtype of `hidden_states`.
     """
     kept, merged, into = merge.rows
-    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-    output = flat.index_select(0, kept)
-    change = flat.index_select(0, merged) - output.index_select(0, into)
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])  # (batch * tokens, hidden)
+    output = flat.index_select(0, kept)  # (batch * (tokens - r), hidden)
+    change = flat.index_select(0, merged) - output.index_select(0, into)  # (batch * r, hidden)
     change = change * merge.share.to(flat.dtype).view(-1, 1)
     # in place: the output is fresh, and no backward pass needs its values
-    return output.index_add_(0, into, change).view(*merge.plan.kept.shape, -1)
+    output = output.index_add_(0, into, change)
+    return output.view(*merge.plan.kept.shape, -1)  # (batch, tokens - r, hidden)
 
 
 def proportional_bias(sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -153,19 +160,24 @@ def extend_heads(
     Returns:
         Query, key and value with eight channels more. The attention's output has them too, to be cut off.
     """
-    bias = sizes.log()[:, None, :, None] / scaling
+    bias = sizes.log()[:, None, :, None] / scaling  # (batch, 1, tokens, 1)
     high = bias.to(key.dtype)
     low = (bias - high.float()).to(key.dtype)
-    extra = F.pad(torch.cat([high, low], dim=-1), (0, 6)).expand(*key.shape[:-1], 8)
-    return F.pad(query, (0, 8), value=1.0), torch.cat([key, extra], dim=-1), F.pad(value, (0, 8))
+    extra = F.pad(torch.cat([high, low], dim=-1), (0, 6))  # (batch, 1, tokens, 8)
+    extra = extra.expand(*key.shape[:-1], 8)  # (batch, heads, tokens, 8)
+    query = F.pad(query, (0, 8), value=1.0)
+    key = torch.cat([key, extra], dim=-1)
+    value = F.pad(value, (0, 8))
+    return query, key, value
 
 
 def output_positions(plan: MergePlan) -> torch.Tensor:
     """Where every input token of one layer went: output positions, int64 `(batch, tokens)`."""
     kept, merged, into = plan
-    positions = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-    tokens = kept.shape[1] + merged.shape[1]
-    return kept.new_empty(kept.shape[0], tokens).scatter(1, kept, positions).scatter(1, merged, into)
+    batch, tokens_out = kept.shape
+    positions = kept.new_empty(batch, tokens_out + merged.shape[1])  # (batch, tokens)
+    unchanged = torch.arange(tokens_out, device=kept.device).expand_as(kept)  # (batch, tokens - r)
+    return positions.scatter(1, kept, unchanged).scatter(1, merged, into)
 
 
 def follow_tokens(plans: Iterable[MergePlan]) -> torch.Tensor | None:
@@ -195,8 +207,10 @@ def restore_tokens(hidden_states: torch.Tensor, positions: torch.Tensor) -> torc
         `(batch, input tokens, hidden)`.
     """
     batch, tokens, hidden = hidden_states.shape
-    rows = torch.arange(batch, device=hidden_states.device).unsqueeze(1) * tokens
-    return hidden_states.reshape(-1, hidden).index_select(0, (positions + rows).flatten()).view(batch, -1, hidden)
+    first_rows = torch.arange(batch, device=hidden_states.device).unsqueeze(1) * tokens  # (batch, 1)
+    rows = (positions + first_rows).flatten()  # (batch * input tokens)
+    flat = hidden_states.reshape(-1, hidden)  # (batch * tokens, hidden)
+    return flat.index_select(0, rows).view(batch, -1, hidden)  # (batch, input tokens, hidden)
 
 
 def mean_over_groups(
@@ -216,13 +230,27 @@ def mean_over_groups(
     """
     if groups is positions:
         return hidden_states
-    spread = restore_tokens(hidden_states, positions)
-    sums = spread.new_zeros(spread.shape[0], num_groups, spread.shape[-1])
-    sums = sums.scatter_add(1, groups.unsqueeze(-1).expand_as(spread), spread)
-    return sums / group_sizes(groups, num_groups).unsqueeze(-1).to(sums.dtype)
+    spread = restore_tokens(hidden_states, positions)  # (batch, input tokens, hidden)
+    index = groups.unsqueeze(-1).expand_as(spread)
+    sums = spread.new_zeros(spread.shape[0], num_groups, spread.shape[-1])  # (batch, groups, hidden)
+    sums = sums.scatter_add(1, index, spread)
+    sizes = group_sizes(groups, num_groups).to(sums.dtype)  # (batch, groups)
+    return sums / sizes.unsqueeze(-1)
 
 
 def group_sizes(groups: torch.Tensor, num_groups: int) -> torch.Tensor:
     """Number of input tokens in each group: float32 `(batch, num_groups)`."""
-    ones = torch.ones(groups.shape, device=groups.device)
-    return torch.zeros(groups.shape[0], num_groups, device=groups.device).scatter_add(1, groups, ones)
+    ones = torch.ones(groups.shape, device=groups.device)  # (batch, input tokens)
+    sizes = torch.zeros(groups.shape[0], num_groups, device=groups.device)
+    return sizes.scatter_add(1, groups, ones)
+
+
+def _flat_rows(plan: MergePlan) -> MergePlan:
+    """The indices of a plan into the tokens of the whole batch, `(batch * tokens, ...)`, each of them flat."""
+    batch, tokens_out = plan.kept.shape
+    tokens_in = tokens_out + plan.merged.shape[1]
+    image = torch.arange(batch, device=plan.kept.device).unsqueeze(1)  # (batch, 1)
+    kept = plan.kept + image * tokens_in
+    merged = plan.merged + image * tokens_in
+    into = plan.into + image * tokens_out
+    return MergePlan(kept.flatten(), merged.flatten(), into.flatten())

@@ -2,7 +2,7 @@
 """The weights that plugins fold into: what they were, what they are, and what they shall be at another degree."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -12,6 +12,10 @@ from tocom_hf.merging.architectures import Backbone
 from tocom_hf.merging.schedule import require_degree
 from tocom_hf.plugins.composition import Composite
 from tocom_hf.plugins.plugin_set import PluginSet
+
+
+# integers as wide as the floating-point numbers of so many bytes
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
@@ -25,13 +29,15 @@ class TocomState:
         plugins: The plugin set, or `None` for a model that only ever runs at its source degree.
         source_weights: The weights at `source_r` that plugins fold into, query and value by default, by layer path in
             the backbone; empty while the model runs at that degree.
+        checksums: Of the composed weights as the last switch wrote them, by layer path; empty as `source_weights` is.
     """
 
     source_r: int
     target_r: int
     scale: float | None
     plugins: PluginSet | None
-    source_weights: dict[str, torch.Tensor]
+    source_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    checksums: dict[str, int | None] = field(default_factory=dict)
 
     @property
     def target_modules(self) -> Iterable[str] | None:
@@ -39,7 +45,7 @@ class TocomState:
         return None if self.plugins is None else self.plugins.config.target_modules
 
 
-def compose(state: TocomState, target_r: int, scale: float | None) -> Composite | None:
+def composite_for(state: TocomState, target_r: int, scale: float | None) -> Composite | None:
     """The composite for a degree; `None` for a model without plugins, which runs at its source degree only."""
     if state.plugins is not None:
         return state.plugins.compose(state.source_r, target_r, scale)
@@ -51,9 +57,11 @@ def compose(state: TocomState, target_r: int, scale: float | None) -> Composite 
     return None
 
 
-def composed(state: TocomState) -> dict[str, torch.Tensor]:
+def composed_weights(state: TocomState) -> dict[str, torch.Tensor]:
     """The weights at the current degree, computed from the kept source weights; empty at the source degree."""
-    composite = compose(state, state.target_r, state.scale) if state.source_weights else None
+    if not state.source_weights:
+        return {}
+    composite = composite_for(state, state.target_r, state.scale)
     if composite is None:
         return {}
     return {path: composite.apply(path, weight) for path, weight in state.source_weights.items()}
@@ -80,13 +88,15 @@ def live_weights(backbone: Backbone, target_modules: Iterable[str] | None) -> di
 
 
 def verified_source_weights(state: TocomState, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The kept source weights, after a check that the live ones are still what was composed from them.
+    """The kept source weights, after a check that the live ones are still what the last switch composed from them.
+
+    Their bits are compared by checksum: composing the weights a second time would prove no more and take longer.
 
     Raises:
         ComposedWeightsError: if they are not.
     """
-    for path, weight in composed(state).items():
-        if not _same(weight, weights[path]):
+    for path, expected in state.checksums.items():
+        if checksum(weights[path]) != expected:
             raise ComposedWeightsError(
                 f"{path}.weight was changed while composed for target_r={state.target_r} (by training, or by "
                 "loading a state dict?). Call model.rebase() to make the weights as they are now a checkpoint of "
@@ -96,12 +106,17 @@ def verified_source_weights(state: TocomState, weights: dict[str, torch.Tensor])
     return state.source_weights
 
 
-def _same(weight: torch.Tensor, live: torch.Tensor) -> bool:
-    """Whether a live weight is what was composed. The order of a float64 product depends on the number of threads."""
-    if weight.dtype != torch.float64 or live.dtype != torch.float64:
-        return torch.equal(weight, live)
-    tolerance = 8 * torch.finfo(torch.float64).eps * float(weight.abs().max())
-    return torch.allclose(weight, live, rtol=0, atol=tolerance)
+def checksum(weight: torch.Tensor) -> int | None:
+    """A number for the bits of a weight, or `None` where it has none (on the meta device).
+
+    Every element, read as an integer, counts with an odd factor of its own, modulo 2^64. So a change of one element
+    always shows, and the sum depends neither on its order nor on the number of threads.
+    """
+    if weight.is_meta:
+        return None
+    bits = weight.detach().view(_INTEGERS[weight.element_size()]).flatten().long()
+    odd = torch.arange(1, 2 * bits.numel(), 2, device=bits.device)
+    return int((bits * odd).sum().item())
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """What `TocomModel.from_pretrained` reads: a checkpoint, its plugins, and the degrees, all checked before use."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,13 @@ class Loaded(NamedTuple):
     target_r: int
     scale: float | None
     plugins: PluginSet | None
+
+    @property
+    def degrees(self) -> Sequence[int]:
+        """The degrees that the model can run at."""
+        if self.plugins is None:
+            return [self.source_r]
+        return range(self.plugins.config.min_r, self.plugins.config.max_r + 1)
 
 
 def load(
@@ -86,7 +94,7 @@ def _load(model: Any, plugins: Any, source_r: Any, target_r: Any, scale: Any, kw
     scale = None if scale is None else require_scale(scale)
     plugins = _open_plugins(plugins, model, recorded, checkpoint, needed=source_r != target_r)
     if plugins is not None:
-        plugins.compose(source_r, target_r, scale)
+        plugins.require(source_r, target_r, scale)
     elif source_r != target_r:
         raise DegreeError(
             f"Running at target_r={target_r} a checkpoint of source_r={source_r} needs plugins=... "

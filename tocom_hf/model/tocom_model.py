@@ -16,10 +16,19 @@ from transformers.utils import logging
 from tocom_hf.cost.budget import Budget
 from tocom_hf.cost.calibration import Calibration, choose_degree
 from tocom_hf.errors import BudgetError
-from tocom_hf.merging.architectures import find_backbone
-from tocom_hf.merging.patching import get_schedule, set_merging, unset_merging
+from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.patching import get_settings, merging_at, set_merging, unset_merging
+from tocom_hf.merging.subclassing import RuntimeSubclass, runtime_subclass
 from tocom_hf.model.checkpoint import CHECKPOINT_FILES
-from tocom_hf.model.folding import TocomState, compose, composed, copy_weights, live_weights, verified_source_weights
+from tocom_hf.model.folding import (
+    TocomState,
+    checksum,
+    composed_weights,
+    composite_for,
+    copy_weights,
+    live_weights,
+    verified_source_weights,
+)
 from tocom_hf.model.loading import PLUGINS_FOLDER, load
 from tocom_hf.model.locks import ReadersWriterLock, SwitchLock
 from tocom_hf.plugins.cards import CARD_NAME, checkpoint_card
@@ -34,7 +43,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 _SAVED_FILES = (CHECKPOINT_FILES, f"{PLUGINS_FOLDER}/{PLUGIN_FILES}")
 
 
-class TocomModel(PreTrainedModel):
+class TocomModel(RuntimeSubclass, PreTrainedModel):
     """Runs a fine-tuned ViT at another merging degree than it was trained at (ToCom, arXiv 2408.06798).
 
     `TocomModel.from_pretrained` returns the transformers model itself, of a subclass of its class and of `TocomModel`:
@@ -87,7 +96,7 @@ class TocomModel(PreTrainedModel):
         target_gflops: float | None = None,
         calibration: Calibration | str | Path | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> "TocomModel":
         """Load a model, merge `target_r` tokens in every layer, and compensate for the change from `source_r`.
 
         Args:
@@ -123,9 +132,10 @@ class TocomModel(PreTrainedModel):
         budget = Budget.of(target_speedup, target_latency_ms, target_gflops)
         if budget is not None and target_r is not None:
             raise BudgetError(f"Give target_r or {budget.name}, not both.")
+        backbone = None
         if isinstance(pretrained_model_name_or_path, nn.Module):
-            find_backbone(pretrained_model_name_or_path)  # refuses wrapped models
-        if isinstance(pretrained_model_name_or_path, PreTrainedModel) and kwargs:
+            backbone = find_backbone(pretrained_model_name_or_path)
+        if backbone is not None and kwargs:
             raise TypeError(f"A loaded model takes no loading arguments, got {', '.join(kwargs)}.")
         loaded = load(
             pretrained_model_name_or_path,
@@ -135,11 +145,13 @@ class TocomModel(PreTrainedModel):
             scale=scale,
             arguments=kwargs,
         )
-        model, source_r, target_r, scale, plugins = loaded
+        if backbone is None:
+            backbone = find_backbone(loaded.model)
+        target_r = loaded.target_r
         if budget is not None:
-            degrees = [source_r] if plugins is None else range(plugins.config.min_r, plugins.config.max_r + 1)
-            target_r = choose_degree(model, budget, degrees, calibration)
-        return _equip(model, TocomState(source_r, source_r, scale, plugins, {}), target_r)
+            target_r = choose_degree(backbone, budget, loaded.degrees, calibration)
+        state = TocomState(loaded.source_r, loaded.source_r, loaded.scale, loaded.plugins)
+        return _equip(backbone, state, target_r)
 
     @property
     def source_r(self) -> int:
@@ -155,6 +167,17 @@ class TocomModel(PreTrainedModel):
     def plugins(self) -> PluginSet | None:
         """The plugin set that the model composes from."""
         return self._tocom.plugins
+
+    @property
+    def scale(self) -> float | None:
+        """The factor s in front of the plugins: the one asked for, else what the plugin set recommends.
+
+        `None` for a model without plugins.
+        """
+        state = self._tocom
+        if state.plugins is None:
+            return None
+        return state.plugins.config.recommended_scale if state.scale is None else state.scale
 
     def set_target_r(self, target_r: int, scale: float | None = None) -> None:
         """Run at another degree from now on: changes the degree of merging and composes the weights anew.
@@ -191,35 +214,42 @@ class TocomModel(PreTrainedModel):
 
     def _switch(self, target_r: int, scale: float | None) -> None:
         with self._tocom_switch:  # one switch at a time; forward calls go on while it composes
-            self._switch_alone(target_r, scale)
+            self._switch_alone(find_backbone(self), target_r, scale)
 
-    def _switch_alone(self, target_r: int, scale: float | None) -> None:
+    def _switch_alone(self, backbone: Backbone, target_r: int, scale: float | None) -> None:
         state = self._tocom
-        composite = compose(state, target_r, scale)
-        weights = live_weights(find_backbone(self), state.target_modules)
+        composite = composite_for(state, target_r, scale)
+        weights = live_weights(backbone, state.target_modules)
         source_weights = verified_source_weights(state, weights)
-        if composite is not None and composite.factors:
-            source_weights = source_weights or {path: weight.detach().clone() for path, weight in weights.items()}
-            fresh = {path: composite.apply(path, weight) for path, weight in source_weights.items()}
+        if composite is None:
+            after = TocomState(state.source_r, state.source_r, scale, state.plugins)
+            fresh = source_weights
+        elif not composite.factors:
+            after = TocomState(state.source_r, composite.target_r, scale, state.plugins)
+            fresh = source_weights
         else:
-            fresh, source_weights = source_weights, {}
+            if not source_weights:
+                source_weights = {path: weight.detach().clone() for path, weight in weights.items()}
+            fresh = {path: composite.apply(path, weight) for path, weight in source_weights.items()}
+            checksums = {path: checksum(weight) for path, weight in fresh.items()}
+            after = TocomState(state.source_r, composite.target_r, scale, state.plugins, source_weights, checksums)
         # nothing has changed so far
-        target_r = state.source_r if composite is None else composite.target_r
         before = {path: weights[path].detach().clone() for path in fresh}
         with self._tocom_lock.writing():
             try:
                 copy_weights(fresh, weights)
-                self._adopt(TocomState(state.source_r, target_r, scale, state.plugins, source_weights))
+                self._adopt(backbone, after)
             except BaseException:
                 copy_weights(before, weights)
-                self._adopt(state)
+                self._adopt(backbone, state)
                 raise
 
-    def _adopt(self, state: TocomState) -> None:
+    def _adopt(self, backbone: Backbone, state: TocomState) -> None:
         """Take over a new state: merge at its degree, and record it in the configuration."""
-        merging = {} if state.plugins is None else state.plugins.config.merging
-        proportional_attention = merging.get("proportional_attention", True)
-        set_merging(self, state.target_r, proportional_attention=proportional_attention, bound=True)
+        proportional_attention = True
+        if state.plugins is not None:
+            proportional_attention = state.plugins.config.merging.get("proportional_attention", True)
+        set_merging(backbone, state.target_r, proportional_attention=proportional_attention, bound=True)
         self._tocom = state
         self.config.tocom = {"source_r": state.source_r, "target_r": state.target_r, "scale": state.scale}
         if state.plugins is not None:
@@ -235,6 +265,18 @@ class TocomModel(PreTrainedModel):
         finally:
             self._switch(before.target_r, before.scale)
 
+    @contextlib.contextmanager
+    def plain_at(self, target_r: int) -> Iterator["TocomModel"]:
+        """Merge at another degree without compensation within a `with` block: with the weights at `source_r`.
+
+        This is what plugins are compared with. No other thread may run the model meanwhile.
+
+        Args:
+            target_r: The degree to merge at; any, whatever the plugin set covers.
+        """
+        with self.at(self.source_r), merging_at(find_backbone(self), target_r):
+            yield self
+
     def rebase(self) -> None:
         """Declare the weights, as they are now, to be trained at the current `target_r`, which becomes `source_r`.
 
@@ -242,7 +284,8 @@ class TocomModel(PreTrainedModel):
         """
         with self._tocom_switch:
             state = self._tocom
-            self._adopt(TocomState(state.target_r, state.target_r, state.scale, state.plugins, {}))
+            after = TocomState(state.target_r, state.target_r, state.scale, state.plugins)
+            self._adopt(find_backbone(self), after)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -309,58 +352,61 @@ class TocomModel(PreTrainedModel):
             state = self._tocom
             if state.source_weights:
                 state.source_weights = {path: fn(weight) for path, weight in state.source_weights.items()}
-                layers = find_backbone(self).projections(state.target_modules)  # perhaps on the meta device
-                copy_weights(composed(state), {path: cast(nn.Linear, layer).weight for path, layer in layers.items()})
+                layers = find_backbone(self).projections(state.target_modules)
+                weights = {path: cast(nn.Linear, layer).weight for path, layer in layers.items()}
+                copy_weights(composed_weights(state), weights)
+                state.checksums = {path: checksum(weight) for path, weight in weights.items()}
         return self
 
-    def __reduce_ex__(self, protocol):
-        _, _, *state = tuple(super().__reduce_ex__(protocol))
-        return _new_instance, (type(self).__mro__[2],), *state
 
-
-def _equip(model: PreTrainedModel, state: TocomState, target_r: int) -> PreTrainedModel:
+def _equip(backbone: Backbone, state: TocomState, target_r: int) -> TocomModel:
     """Turn a loaded model into a `TocomModel`, or leave it as it was."""
-    backbone = find_backbone(model)
     if state.plugins is not None:
         live_weights(backbone, None)  # what is quantised or offloaded has no weights to know the backbone by
         state.plugins.check_backbone(backbone)
         live_weights(backbone, state.target_modules)
-    if isinstance(model, TocomModel):
-        before = model._tocom
-        model.set_target_r(model.source_r)
-        try:
-            model._adopt(state)
-            model.set_target_r(target_r)
-        except BaseException:
-            model._adopt(TocomState(before.source_r, before.source_r, before.scale, before.plugins, {}))
-            model._switch(before.target_r, before.scale)
-            raise
-        return model
-    stock_class, schedule, recorded = type(model), get_schedule(model), model.config.__dict__.get("tocom")
+    if isinstance(backbone.model, TocomModel):
+        return _equip_again(backbone, backbone.model, state, target_r)
+    model = backbone.model
+    stock_class = type(model)
+    settings = get_settings(backbone)
+    recorded = model.config.__dict__.get("tocom")
     try:
-        set_merging(model, state.source_r)
+        set_merging(backbone, state.source_r)
         _own_config(model)
-        model.__class__ = _tocom_class(stock_class)
+        model.__class__ = runtime_subclass(TocomModel, stock_class)
         equipped = cast(TocomModel, model)
-        equipped._tocom, equipped._tocom_lock, equipped._tocom_switch = state, ReadersWriterLock(), SwitchLock()
-        equipped.set_target_r(target_r)
+        equipped._tocom = state
+        equipped._tocom_lock = ReadersWriterLock()
+        equipped._tocom_switch = SwitchLock()
+        equipped._switch_alone(backbone, target_r, state.scale)
     except BaseException:
         model.__class__ = stock_class
-        for holder, name in (
-            (model, "_tocom"),
-            (model, "_tocom_lock"),
-            (model, "_tocom_switch"),
-            (model.config, "tocom"),
-        ):
-            holder.__dict__.pop(name, None)
+        for name in ("_tocom", "_tocom_lock", "_tocom_switch"):
+            model.__dict__.pop(name, None)
+        model.config.__dict__.pop("tocom", None)
         if recorded is not None:
             model.config.tocom = recorded
-        if schedule is None:
-            unset_merging(model)
+        if settings is None:
+            unset_merging(backbone)
         else:
-            set_merging(model, list(schedule))
+            set_merging(backbone, list(settings.schedule))
         raise
     return equipped
+
+
+def _equip_again(backbone: Backbone, model: TocomModel, state: TocomState, target_r: int) -> TocomModel:
+    """Give a `TocomModel` another plugin set, source degree or scale, or leave it as it was."""
+    before = model._tocom
+    model.set_target_r(model.source_r)
+    try:
+        model._adopt(backbone, state)
+        model._switch(target_r, state.scale)
+    except BaseException:
+        model._adopt(backbone, TocomState(before.source_r, before.source_r, before.scale, before.plugins))
+        model._switch(before.target_r, before.scale)
+        raise
+    return model
 
 
 def _own_config(model: PreTrainedModel) -> None:
@@ -371,23 +417,3 @@ def _own_config(model: PreTrainedModel) -> None:
         own = copies.get(id(module.__dict__.get("config")))
         if own is not None:
             module.config = own
-
-
-_CLASSES: dict[type[PreTrainedModel], type[TocomModel]] = {}
-
-
-def _tocom_class(stock_class: type[PreTrainedModel]) -> type[TocomModel]:
-    """The subclass of a transformers class and `TocomModel`, made once per process.
-
-    It keeps the name of the stock class, which pipelines and saved configurations go by.
-    """
-    if stock_class not in _CLASSES:
-        names = ("__module__", "__qualname__", "__doc__", "config_class")
-        members = {name: getattr(stock_class, name) for name in names}
-        _CLASSES.setdefault(stock_class, type(stock_class.__name__, (TocomModel, stock_class), members))
-    return _CLASSES[stock_class]
-
-
-def _new_instance(stock_class: type[PreTrainedModel]) -> PreTrainedModel:
-    cls = _tocom_class(stock_class)
-    return cls.__new__(cls)

@@ -12,7 +12,8 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
-from tocom_hf.plugins.agreement import grid_axes
+from tocom_hf.merging.architectures import ARCHITECTURES
+from tocom_hf.plugins.agreement import AgreementGrid
 from tocom_hf.plugins.config import PluginSetConfig
 
 
@@ -142,7 +143,7 @@ def _template(name: str) -> str:
 
 
 def _inputs(model_type: str, image_size: Any) -> dict[str, str]:
-    if model_type == "audio-spectrogram-transformer":
+    if ARCHITECTURES[model_type].spectrograms:
         shape, name = "model.config.max_length, model.config.num_mel_bins", "input_values"
         return {"input_name": name, "inputs": f"{name} = torch.randn(1, {shape})"}
     height, width = image_size if isinstance(image_size, list | tuple) else (image_size or 224,) * 2
@@ -190,24 +191,16 @@ def _groups(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return groups
 
 
-def _agreement(grid: Any) -> dict[str, Any]:
+def _agreement(content: Any) -> dict[str, Any]:
     """A recorded grid as tables; one of another form is left out."""
-    sources, degrees = grid_axes(grid) if isinstance(grid, dict) and "degrees" in grid else (None, None)
-    if not isinstance(sources, list) or not isinstance(degrees, list):
+    try:
+        grid = AgreementGrid.from_dict(content)
+    except ValueError:
         return {"agreement": [], "degrees": []}
     tables = []
-    for key, title in (("plain", "Token merging alone"), ("tocom", "With ToCom")):
-        rows = grid.get(key)
-        shares = [value for row in rows for value in row] if _is_matrix(rows, len(sources), len(degrees)) else []
-        if shares and all(isinstance(value, int | float) and 0 <= value <= 1 for value in shares):
-            tables.append({"title": title, "rows": list(zip(sources, rows, strict=True))})
-    return {"agreement": tables, "degrees": degrees}
-
-
-def _is_matrix(rows: Any, height: int, width: int) -> bool:
-    if not isinstance(rows, list) or len(rows) != height:
-        return False
-    return all(isinstance(row, list) and len(row) == width for row in rows)
+    for title, rows in (("Token merging alone", grid.plain), ("With ToCom", grid.tocom)):
+        tables.append({"title": title, "rows": list(zip(grid.sources, rows, strict=True))})
+    return {"agreement": tables, "degrees": grid.degrees}
 
 
 def _is_hub_id(name: Any, *, namespace: bool = False) -> bool:

@@ -36,8 +36,11 @@ def chain(source_r: int, target_r: int) -> tuple[range, int]:
         The indices i of the plugins `P_i_i+1`, `min(m, n) <= i < max(m, n)`; and the sign: +1 for n > m, -1 for n < m,
         0 for n = m.
     """
-    low, high = sorted((source_r, target_r))
-    return range(low, high), (target_r > source_r) - (target_r < source_r)
+    if target_r > source_r:
+        return range(source_r, target_r), 1
+    if target_r < source_r:
+        return range(target_r, source_r), -1
+    return range(0), 0
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,14 @@ class Composite:
             once, so that the result depends neither on the device nor on torch's matmul precision settings.
         """
         device = float64_device(weight.device)
-        lora_A, lora_B = (factor.to(device).double() for factor in self.factors[path])
-        total = torch.addmm(weight.to(device).double(), lora_B, lora_A, alpha=self.scale)
+        factors = self.factors[path]
+        lora_A = factors.lora_A.to(device).double()  # (rank, in)
+        lora_B = factors.lora_B.to(device).double()  # (out, rank)
+        total = torch.addmm(weight.to(device).double(), lora_B, lora_A, alpha=self.scale)  # (out, in)
         return total.to(weight.dtype).to(weight.device)
 
 
-def compose(adapters: Iterable[Adapter], *, source_r: int, target_r: int, scale: float) -> Composite:
+def sum_chain(adapters: Iterable[Adapter], *, source_r: int, target_r: int, scale: float) -> Composite:
     """Sum up the chain of plugins from one degree to another.
 
     Args:
@@ -93,13 +98,11 @@ def compose(adapters: Iterable[Adapter], *, source_r: int, target_r: int, scale:
     _, sign = chain(source_r, target_r)
     adapters = list(adapters)
     paths = adapters[0].keys() if adapters else ()
-    factors = {
-        path: Factors(
-            torch.cat([adapter[path].lora_A for adapter in adapters], dim=0),
-            torch.cat([adapter[path].lora_B for adapter in adapters], dim=1) * sign,
-        )
-        for path in paths
-    }
+    factors = {}
+    for path in paths:
+        lora_A = torch.cat([adapter[path].lora_A for adapter in adapters], dim=0)  # (|n - m| * rank, in)
+        lora_B = torch.cat([adapter[path].lora_B for adapter in adapters], dim=1)  # (out, |n - m| * rank)
+        factors[path] = Factors(lora_A, sign * lora_B)
     return Composite(source_r, target_r, scale, factors)
 
 

@@ -12,7 +12,14 @@ from tocom_hf.errors import DegreeError, PluginFileError
 from tocom_hf.merging.architectures import Backbone
 from tocom_hf.plugins.adapters import read_adapter, write_adapter
 from tocom_hf.plugins.cards import AGREEMENT_FIGURE, CARD_NAME, plugin_set_card
-from tocom_hf.plugins.composition import Adapter, Composite, chain, compose, require_in_range, require_scale
+from tocom_hf.plugins.composition import (
+    Adapter,
+    Composite,
+    chain,
+    require_in_range,
+    require_scale,
+    sum_chain,
+)
 from tocom_hf.plugins.config import CONFIG_NAME, PluginSetConfig
 from tocom_hf.storage.repository import Repository
 from tocom_hf.storage.transaction import retry_while_saved, scratch_folder, write_folder
@@ -128,6 +135,25 @@ class PluginSet:
                 only, or the scale is not a number.
             PluginFileError: if a plugin between the two cannot be read.
         """
+        scale = self.require(source_r, target_r, scale)
+        indices, _ = chain(source_r, target_r)
+        adapters = [self.adapter(index) for index in indices]
+        return sum_chain(adapters, source_r=source_r, target_r=target_r, scale=scale)
+
+    def require(self, source_r: int, target_r: int, scale: float | None = None) -> float:
+        """Make sure that `compose` will do, without composing: the degrees are covered and the plugins can be read.
+
+        Call it before work that a wrong degree or a damaged file would make worthless.
+
+        Args:
+            source_r, target_r, scale: As in `compose`.
+
+        Returns:
+            The scale that `compose` would use.
+
+        Raises:
+            DegreeError, PluginFileError: as `compose` does.
+        """
         config = self.config
         source_r = require_in_range(source_r, "source_r", config.min_r, config.max_r)
         target_r = require_in_range(target_r, "target_r", config.min_r, config.max_r)
@@ -139,8 +165,9 @@ class PluginSet:
             )
         scale = config.recommended_scale if scale is None else require_scale(scale)
         indices, _ = chain(source_r, target_r)
-        adapters = [self.adapter(index) for index in indices]
-        return compose(adapters, source_r=source_r, target_r=target_r, scale=scale)
+        for index in indices:
+            self.adapter(index)
+        return scale
 
     def check_backbone(self, backbone: Backbone) -> None:
         """Raise `BackboneMismatchError` unless a model's backbone is, or was fine-tuned from, the set's own."""

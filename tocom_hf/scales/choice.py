@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from tocom_hf.devices import evaluation_mode
 from tocom_hf.distillation.objectives import find_objective
 from tocom_hf.errors import ArgumentError, DatasetError
+from tocom_hf.merging.architectures import find_backbone
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.plugins.composition import require_scale
 
@@ -73,13 +74,18 @@ def pick_scale(
         raise ArgumentError(f"The model {why}, so there is no scale to choose.")
     if len(images) == 0:  # type: ignore[arg-type]
         raise DatasetError("There are no images to choose a scale by.")
-    plugins.compose(model.source_r, target_r)  # a degree out of range is an error before the first forward pass
-    objective, device = find_objective("auto", model), next(model.parameters()).device
+    plugins.require(model.source_r, target_r)
+    backbone = find_backbone(model)
+    objective = find_objective("auto", model)
+    device = next(model.parameters()).device
 
     @torch.no_grad()
     def outputs() -> torch.Tensor:
-        loader = DataLoader(images, batch_size=batch_size)
-        return torch.cat([objective.outputs(model, batch["pixel_values"].to(device)).cpu() for batch in loader])
+        parts = []
+        for batch in DataLoader(images, batch_size=batch_size):
+            part = objective.outputs(backbone, batch["pixel_values"].to(device))
+            parts.append(part.cpu())
+        return torch.cat(parts)
 
     with evaluation_mode(model):
         with model.at(model.source_r):

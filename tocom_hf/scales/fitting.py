@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tocom_hf.devices import describe_device, evaluation_mode
 from tocom_hf.distillation.objectives import Objective, find_objective
 from tocom_hf.errors import ArgumentError, DatasetError, DistillationError
-from tocom_hf.evaluation.degrees import plain_merging
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.patching import merging_at
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.plugins.composition import Adapter, Factors, chain, require_in_range
 from tocom_hf.plugins.config import BackboneFacts
@@ -86,15 +86,17 @@ def fit_scales(
     plugins = getattr(model, "plugins", None)  # of a model that is no TocomModel there are none
     if plugins is None:
         raise ArgumentError("The model has no plugins, so there are no scales to fit.")
-    source_r, targets = model.source_r, _targets(plugins, model.source_r, target_r)
+    source_r = model.source_r
+    targets = _targets(plugins, source_r, target_r)
     if len(images) == 0:  # type: ignore[arg-type]
         raise DatasetError("There are no images to fit scales by.")
-    # what is wrong with the set is an error before the first forward pass
-    scale = plugins.compose(source_r, targets[0], model.config.tocom["scale"]).scale
+    scale = plugins.require(source_r, targets[0], model.scale)
     if not scale:
         raise ArgumentError("At scale 0 plugins have no effect, so there are no scales to fit. Set another one first.")
 
-    device, objective = next(model.parameters()).device, find_objective("auto", model)
+    backbone = find_backbone(model)
+    objective = find_objective("auto", model)
+    device = next(model.parameters()).device
     adapters = [plugins.adapter(i) for i in range(plugins.config.min_r, plugins.config.max_r)]
     generator = torch.Generator().manual_seed(seed)
     size = min(batch_size, len(images))  # type: ignore[arg-type]
@@ -102,13 +104,15 @@ def fit_scales(
     # given a generator, it leaves torch's own alone
     loader = DataLoader(images, batch_size=size, sampler=sampler, generator=generator)
     with evaluation_mode(model), model.at(source_r), torch.enable_grad():
-        facts = BackboneFacts.of(find_backbone(model))
-        student = _Student(model, objective, adapters, plugins.config.min_r, scale)
+        facts = BackboneFacts.of(backbone)
+        student = _Student(model, backbone, objective, adapters, plugins.config.min_r, scale)
         optimizer = torch.optim.Adam([student.factors], lr=learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_steps)
         order: list[int] = []
         for step, batch in enumerate(loader):
-            order = order or [targets[i] for i in torch.randperm(len(targets), generator=generator).tolist()]
+            if not order:
+                drawn = torch.randperm(len(targets), generator=generator).tolist()
+                order = [targets[position] for position in drawn]
             loss = student.loss(batch["pixel_values"].to(device), order.pop())
             if not math.isfinite(loss.item()):
                 raise DistillationError(
@@ -160,16 +164,28 @@ class _Student(nn.Module):
 
     Args:
         model: It runs at its source degree.
+        backbone: Of the model.
         objective: What to compare.
         adapters: All plugins of the set.
         min_r: The index of the first of them.
         scale: The factor in front of all.
     """
 
-    def __init__(self, model: TocomModel, objective: Objective, adapters: list[Adapter], min_r: int, scale: float):
+    def __init__(
+        self,
+        model: TocomModel,
+        backbone: Backbone,
+        objective: Objective,
+        adapters: list[Adapter],
+        min_r: int,
+        scale: float,
+    ):
         super().__init__()
-        self.model, self.objective, self.min_r, self.scale = model, objective, min_r, scale
-        backbone = find_backbone(model)
+        self.model = model
+        self.backbone = backbone
+        self.objective = objective
+        self.min_r = min_r
+        self.scale = scale
         prefix = f"model.{backbone.path}." if backbone.path else "model."
         self.rank = next(iter(adapters[0].values())).lora_A.shape[0]
         self.stacked: dict[str, tuple[torch.Tensor, Factors]] = {}
@@ -182,25 +198,26 @@ class _Student(nn.Module):
         self.factors = torch.ones(len(self.stacked), len(adapters), device=weight.device, requires_grad=True)
 
     def forward(self, pixel_values: torch.Tensor) -> Any:
-        return self.objective.outputs(self.model, pixel_values)
+        return self.objective.outputs(self.backbone, pixel_values)
 
     def loss(self, pixel_values: torch.Tensor, target_r: int) -> torch.Tensor:
         """How far the student at `target_r` is from the model at its source degree (ToCom, eq. 6)."""
         with torch.no_grad():
             teacher = self(pixel_values)
-        with plain_merging(self.model, target_r):
-            return self.objective.loss(teacher, functional_call(self, self._composed(target_r), (pixel_values,)))
+        with merging_at(self.backbone, target_r):
+            student = functional_call(self, self._composed(target_r), (pixel_values,))
+        return self.objective.loss(teacher, student)
 
     def adapters(self, originals: list[Adapter]) -> list[Adapter]:
         """The plugins with their factors in `lora_B`, on the CPU."""
         factors = self.factors.detach().cpu()
-        return [
-            {
-                path: Factors(lora_A.clone(), lora_B * factors[row, i])
-                for row, (path, (lora_A, lora_B)) in enumerate(adapter.items())
-            }
-            for i, adapter in enumerate(originals)
-        ]
+        adapters: list[Adapter] = []
+        for column, original in enumerate(originals):
+            adapter = {}
+            for row, (path, (lora_A, lora_B)) in enumerate(original.items()):
+                adapter[path] = Factors(lora_A.clone(), lora_B * factors[row, column])
+            adapters.append(adapter)
+        return adapters
 
     def _composed(self, target_r: int) -> dict[str, torch.Tensor]:
         indices, sign = chain(self.model.source_r, target_r)
