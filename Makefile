@@ -21,10 +21,11 @@ fuzz: $(SETUP)  ## hostile files and the algebra of plugins, over thousands of d
 faults: $(SETUP)  ## inject every fault anew, and write the table in SECURITY.md
 	PYTHONPATH=tests $(BIN)/python -m helpers.fault_table
 
-check: $(SETUP) audit  ## lint, format, types and known vulnerabilities
+check: $(SETUP) audit  ## lint, format, types, directions of imports and known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # the pinned versions against the advisories of PyPI; skipped, and said so, where those cannot be had
 audit: $(SETUP)

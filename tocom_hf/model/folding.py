@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tocom_hf.errors import ComposedWeightsError, DegreeError, UnsupportedModelError
@@ -12,10 +13,6 @@ from tocom_hf.merging.architectures import Backbone
 from tocom_hf.merging.schedule import require_degree
 from tocom_hf.plugins.composition import Composite
 from tocom_hf.plugins.plugin_set import PluginSet
-
-
-# integers as wide as the floating-point numbers of so many bytes
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
@@ -109,14 +106,20 @@ def verified_source_weights(state: TocomState, weights: dict[str, torch.Tensor])
 def checksum(weight: torch.Tensor) -> int | None:
     """A number for the bits of a weight, or `None` where it has none (on the meta device).
 
-    Every element, read as an integer, counts with an odd factor of its own, modulo 2^64. So a change of one element
-    always shows, and the sum depends neither on its order nor on the number of threads.
+    Every eight bytes, read as an integer, count with an odd factor of their own, modulo 2^64. So a change within eight
+    bytes always shows, and the sum depends neither on its order nor on the number of threads.
     """
     if weight.is_meta:
         return None
-    bits = weight.detach().view(_INTEGERS[weight.element_size()]).flatten().long()
-    odd = torch.arange(1, 2 * bits.numel(), 2, device=bits.device)
-    return int((bits * odd).sum().item())
+    size = weight.element_size()
+    values = weight.detach().flatten()
+    missing = -values.numel() * size % 8 // size
+    misaligned = values.storage_offset() * size % 8
+    if missing or misaligned:
+        values = F.pad(values, (0, missing)).clone()
+    words = values.view(torch.int64)
+    odd = torch.arange(1, 2 * words.numel(), 2, device=words.device)
+    return int((words * odd).sum().item())
 
 
 @torch.no_grad()
