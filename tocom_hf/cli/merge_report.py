@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 COMMAND = "tocom merge-report"
 MAX_R = 16  # the paper's
+LARGER_BATCHES = "Larger batches and images gain more: try --batch_size 32, or another --device."
 
 
 @dataclass(frozen=True)
@@ -276,22 +277,19 @@ def advise(report: MergeReport, calibration: "Calibration", first_r: int, target
     """Which degree to try first, and what to type."""
     speedup = calibration[first_r].speedup
     if first_r == 0:
-        return [
-            "No degree is faster than r = 0 here. Larger batches and images gain more: try --batch_size 32, or another "
-            "--device."
-        ]
+        return [f"No degree is faster than r = 0 here. {LARGER_BATCHES}"]
     if speedup >= target_speedup:
-        found = f"the smallest degree that is at least {target_speedup:g} times as fast as r = 0 here"
+        found = f"the smallest degree that is at least {target_speedup:g} times as fast as r = 0 here."
     else:
-        found = f"the fastest here, as no degree is {target_speedup:g} times as fast as r = 0"
+        found = f"the fastest here: none is {target_speedup:g} times as fast as r = 0. {LARGER_BATCHES}"
     return [
-        f"Try first: r = {first_r}, {speedup:.2f}x, {found}.",
+        f"Try first: r = {first_r}, {speedup:.2f}x, {found}",
         "",
         "    from tocom_hf import apply_tome",
         f"    apply_tome(model, r={first_r})",
         "",
-        "Merging alone costs accuracy where the weights were trained at another degree. Plugins, made by tocom distill, "
-        "win part of it back:",
+        "Merging alone costs accuracy where the weights were trained at another degree. Plugins, made by "
+        "`tocom distill`, win part of it back:",
         f"    TocomModel.from_pretrained({report.model!r}, plugins=..., target_r={first_r})",
     ]
 
