@@ -302,29 +302,22 @@ COMPLETE = {
 
 
 @pytest.mark.parametrize(("name", "package"), MISSING.items())
-def test_every_command_names_the_extra_that_it_needs(name, package):
-    """In a process of its own, in which the package cannot be found."""
-    arguments = [str(argument) for argument in COMPLETE[name]]
-    code = (
-        "import sys\n"
-        "class Missing:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.partition('.')[0] == {package!r}:\n"
-        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-        "sys.meta_path.insert(0, Missing())\n"
-        "from tocom_hf.cli.main import main\n"
-        f"sys.exit(main([{name!r}, *{arguments!r}]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"tocom {name}: error: MissingExtraError: ")
-    assert f"needs {package}" in line
+def test_every_command_names_the_extra_that_it_needs(refused, monkeypatch, name, package):
+    """A module that is `None` in `sys.modules` cannot be found."""
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "tocom_hf.data.images")
+    line = refused(name, *COMPLETE[name])
+    assert f"MissingExtraError: tocom {name} needs {package}" in line
+    assert "pip install 'tocom-hf[" in line
 
 
 def test_a_reader_that_has_gone_is_no_error():
-    """As in `tocom --help | head -0`."""
-    code = "import sys; from tocom_hf.cli.main import main; sys.exit(main(['--help']))"
+    """As in `tocom evaluate ... | head -0`."""
+    code = (
+        "import sys\n"
+        "from tocom_hf.cli.endings import end_like_a_command\n"
+        "sys.exit(end_like_a_command('tocom x', lambda: print('figures')))\n"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     process.stdout.close()
     errors = process.stderr.read()

@@ -1,7 +1,9 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """Paint merged tokens over images: a row for each image, with the image and its groups at several r.
 
-tocom visualize --model_name_or_path facebook/deit-base-patch16-224 --images cat.jpg dog.jpg --output groups.png
+    tocom visualize --model_name_or_path facebook/deit-base-patch16-224 --images cat.jpg dog.jpg --output groups.png
+
+A group of patches that were merged has their mean colour, and a line around it.
 """
 
 import argparse
