@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from helpers.families import clip
-from helpers.models import make_model
+from helpers.models import make_model, make_plugins
 from helpers.paths import ROOT
 from transformers import (
     ASTConfig,
@@ -62,7 +62,7 @@ def test_the_figures_are_those_of_the_checkpoint(tmp_path):
 
 def test_degrees_end_where_nothing_more_can_merge(tmp_path):
     """16 patches: the first layer merges at most 8 of them."""
-    make_model(image_size=16).config.save_pretrained(tmp_path)
+    make_model(image_size=16, num_hidden_layers=1).config.save_pretrained(tmp_path)
     assert make_report(str(tmp_path), seconds=0).calibration.degrees == list(range(9))
     assert make_report(str(tmp_path), seconds=0, image_size=(32, 32)).calibration.degrees == list(range(17))
 
@@ -179,8 +179,11 @@ def test_calibrate_writes_what_it_prints(run, tmp_path):
 
 
 def test_calibrate_takes_the_degrees_of_the_plugins_and_any_checkpoint(run, tmp_path):
-    rows = run("calibrate", CHECKPOINT, "--plugins", PLUGINS, "--seconds", 0).output.splitlines()[2:]
-    assert [int(row.split()[0]) for row in rows] == list(range(9))
-    # one that records no degree, and has no plugins
-    make_model().save_pretrained(tmp_path / "vit")
-    assert run("calibrate", tmp_path / "vit", "--target_r", 3, "--seconds", 0).code == 0
+    model = make_model(num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "vit")
+    make_plugins(model, max_r=3).save_pretrained(tmp_path / "set")
+    command = ("calibrate", tmp_path / "vit", "--seconds", 0)
+    rows = run(*command, "--plugins", tmp_path / "set", "--source_r", 0).output.splitlines()[2:]
+    assert [int(row.split()[0]) for row in rows] == [0, 1, 2, 3]
+    # without plugins, it need not record the degree that it was trained at
+    assert run(*command, "--target_r", 5).code == 0
