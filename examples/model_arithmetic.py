@@ -13,21 +13,29 @@ that were trained at m stand beside them.
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from tocom_hf import ArgumentError, TocomModel
-from tocom_hf.data.images import with_pixel_values
-from tocom_hf.data.tasks import load_labelled
-from tocom_hf.evaluation.grid import estimate, evaluate_checkpoint
+from tocom_hf.cli.endings import CommandParser, extras_or_exit, run_command
+from tocom_hf.cli.loading import load_config, load_model, load_processor, make_accelerator
 from tocom_hf.merging.architectures import find_backbone
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+COMMAND = "model_arithmetic.py"
+
+with extras_or_exit(COMMAND):
+    from tocom_hf.data.images import with_pixel_values
+    from tocom_hf.data.tasks import load_labelled
+    from tocom_hf.evaluation.grid import estimate, evaluate_checkpoint
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser(COMMAND, __doc__)
     parser.add_argument("--target_a", required=True, help="M_m^A: task A, trained at the degree to run at.")
     parser.add_argument("--source_a", required=True, help="M_n^A: task A, trained at the degree of --source_b.")
     parser.add_argument("--source_b", nargs="+", required=True, help="M_n^B: one checkpoint for each task B.")
@@ -40,18 +48,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--per_device_eval_batch_size", type=int, default=100)
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: accelerate's.")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the figures.")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def recorded_r(checkpoint: str) -> int:
-    recorded = getattr(AutoConfig.from_pretrained(checkpoint), "tocom", None)
+    recorded = getattr(load_config(checkpoint), "tocom", None)
     if not recorded:
         raise ArgumentError(f"{checkpoint} does not record its degree. Fine-tune it with examples/finetune.py.")
     return recorded["source_r"]
 
 
 def load(checkpoint: str) -> PreTrainedModel:
-    return AutoModelForImageClassification.from_pretrained(checkpoint, dtype=torch.float32)
+    return load_model(AutoModelForImageClassification, checkpoint, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -66,9 +74,8 @@ def add_difference(model: PreTrainedModel, target: PreTrainedModel, source: PreT
     return model
 
 
-def main() -> None:
-    args = parse_args()
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+def add_and_measure(args: argparse.Namespace) -> None:
+    accelerator = make_accelerator(mixed_precision=args.mixed_precision)
     if len(args.dataset_name) != len(args.source_b) or len(args.target_b) not in (0, len(args.source_b)):
         raise ArgumentError(
             f"There are {len(args.source_b)} checkpoints of task B, {len(args.target_b)} of it trained at the target, "
@@ -91,7 +98,7 @@ def main() -> None:
                 image_column=args.image_column,
                 label_column=args.label_column,
             )
-        test = with_pixel_values(images, AutoImageProcessor.from_pretrained(checkpoint), label_column="label")
+        test = with_pixel_values(images, load_processor(checkpoint), label_column="label")
 
         def right(model: TocomModel, test=test) -> torch.Tensor:
             run, *_ = evaluate_checkpoint(
@@ -121,5 +128,9 @@ def main() -> None:
     accelerator.end_training()
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(COMMAND, parse_args, add_and_measure, argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

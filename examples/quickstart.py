@@ -5,18 +5,23 @@ python examples/quickstart.py
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-from transformers import AutoImageProcessor
-
-from tocom_hf import TocomModel
-from tocom_hf.data.images import load_images, with_pixel_values
-from tocom_hf.evaluation.degrees import DegreeResult, evaluate_degrees
+from tocom_hf.cli.endings import CommandParser, extras_or_exit, run_command
+from tocom_hf.cli.loading import load_processor
 
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+COMMAND = "quickstart.py"
+
+with extras_or_exit(COMMAND):
+    import matplotlib
+
+    from tocom_hf import DegreeResult, TocomModel, evaluate_degrees, load_images, with_pixel_values
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
 
 
 HERE = Path(__file__).parent
@@ -24,8 +29,8 @@ EMBEDDED = HERE / "digits"
 PLUGINS = HERE.parent / "hub_cards" / "tocom-vit-mix"
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser(COMMAND, __doc__)
     parser.add_argument("--model_name_or_path", default=str(EMBEDDED / "checkpoint"))
     parser.add_argument("--plugins", default=str(PLUGINS))
     parser.add_argument("--dataset_name", default=str(EMBEDDED / "test.parquet"))
@@ -33,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--source_r", type=int, default=None, help="Default: what the checkpoint records.")
     parser.add_argument("--target_r", type=int, nargs="+", default=[0, 2, 4, 6, 8])
     parser.add_argument("--output", type=Path, default=Path("quickstart.png"), help="Where the plot goes.")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def print_table(results: list[DegreeResult]) -> None:
@@ -61,10 +66,9 @@ def plot(results: list[DegreeResult], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    args = parse_args()
+def compare(args: argparse.Namespace) -> None:
     model = TocomModel.from_pretrained(args.model_name_or_path, plugins=args.plugins, source_r=args.source_r)
-    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+    processor = load_processor(args.model_name_or_path)
     images = load_images(args.dataset_name, split=args.dataset_split, label_column="label")
     dataset = with_pixel_values(images, processor, label_column="label")
     print(f"{len(images)} images of {Path(args.dataset_name).name}, weights trained at r = {model.source_r}")
@@ -74,5 +78,9 @@ def main() -> None:
     print(f"Plot: {args.output.resolve()}")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(COMMAND, parse_args, compare, argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,29 +22,31 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from PIL import Image
 from torch.utils.data import Dataset
-from transformers import (
-    AutoConfig,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessorPil,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, get_cosine_schedule_with_warmup
 
-from tocom_hf import PluginSet, TocomError, TocomModel
-from tocom_hf.data.images import TrainingImages, load_images
-from tocom_hf.distillation.distill import DistillationArguments, distill
-from tocom_hf.errors import DistillationInterrupted
+from tocom_hf import PluginSet, TocomModel
+from tocom_hf.cli.endings import CommandParser, extras_or_exit, run_command
+from tocom_hf.cli.loading import load_config, load_model
 from tocom_hf.plugins.config import CONFIG_NAME
+
+
+COMMAND = "reproduce_fashion_mnist.py"
+
+with extras_or_exit(COMMAND):
+    import datasets
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+    from PIL import Image
+
+    from tocom_hf.data.images import TrainingImages, load_images
+    from tocom_hf.distillation.distill import DistillationArguments, distill
 
 
 LABELS = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle-boot"]
@@ -56,8 +58,8 @@ FILES = [f"{split}-{name}-ubyte.gz" for split in ("train", "t10k") for name in (
 PROCESSOR = ViTImageProcessorPil(size={"height": 28, "width": 28})
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser(COMMAND, __doc__)
     parser.add_argument(
         "--data_dir",
         type=Path,
@@ -78,7 +80,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--plugin_steps", type=int, default=4000, help="Steps of distillation, of 64 views.")
     parser.add_argument("--plugin_lr", type=float, default=3.2e-2, help="Learning rate at a batch of 512.")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     problem = wrong_input(args) or other_settings(args)
     if problem:
         parser.error(problem)
@@ -93,7 +95,7 @@ def wrong_input(args: argparse.Namespace) -> str | None:
     if args.checkpoint is not None:
         if not (args.checkpoint / "config.json").is_file():
             return f"There is no checkpoint in {args.checkpoint}: it has no config.json."
-        config = AutoConfig.from_pretrained(args.checkpoint)
+        config = load_config(args.checkpoint)
         if not (config.model_type == "vit" and config.image_size == 28 and config.num_labels == len(LABELS)):
             return f"{args.checkpoint} is no ViT for the 28 px and the ten classes of Fashion-MNIST."
         if getattr(config, "tocom", {"source_r": 0})["source_r"] != 0:
@@ -318,25 +320,22 @@ def make_plugins(
     plugins.save_pretrained(folder)
 
 
-def main() -> None:
-    args = parse_args()
+def reproduce(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     images, labels = load_split(args.data_dir, "train")
     if args.checkpoint is None:
         model = train(make_model(), images, labels, args)
     else:
-        model = ViTForImageClassification.from_pretrained(args.checkpoint)
+        model = load_model(ViTForImageClassification, args.checkpoint)
     folder = args.output_dir / "distilled"
     if not (folder / CONFIG_NAME).exists():
         make_plugins(model, images[:-VALIDATION], folder, args)
     export(model, PluginSet.from_pretrained(folder), args)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(COMMAND, parse_args, reproduce, argv)
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except DistillationInterrupted as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(128 + stopped.signum)
-    except TocomError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    sys.exit(main())

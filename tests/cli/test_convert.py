@@ -2,17 +2,16 @@
 """Converted weights and plugins compute what the layers that they were trained in compute."""
 
 import argparse
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from convert_official import convert_plugins, convert_weights, main, read_weights
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from tocom_hf import DegreeError, PluginFileError, PluginSet, TocomModel
+from tocom_hf.cli.official_weights import convert_plugins, convert_weights, read_weights
 
 
 WIDTH, HEADS, BLOCKS, MAX_R, H = 32, 4, 2, 16, 2
@@ -116,20 +115,20 @@ def test_converted_plugins_compute_the_same(r_src, r_tgt, images):
         torch.testing.assert_close(model(images).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_files_are_converted(tmp_path, monkeypatch, images, capsys):
+def test_files_are_converted(run, tmp_path, images):
     torch.save({"model": timm_weights(), "epoch": 3}, tmp_path / "deit.pth")
     torch.save({"model": plugin_weights()}, tmp_path / "tocom.pth")
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["convert_official.py", *map(str, arguments)])
-        main()
-        return capsys.readouterr().out
+    def convert(*arguments):
+        ended = run("convert", *arguments)
+        assert ended.code == 0, ended.errors
+        return ended.output
 
     deit = tmp_path / "deit"
-    assert "ViTForImageClassification" in run(
+    assert "ViTForImageClassification" in convert(
         "--weights", tmp_path / "deit.pth", "--output_dir", deit, "--head_dim", WIDTH // HEADS
     )
-    run("--plugins", tmp_path / "tocom.pth", "--model_name_or_path", deit, "--output_dir", tmp_path / "set")
+    convert("--plugins", tmp_path / "tocom.pth", "--model_name_or_path", deit, "--output_dir", tmp_path / "set")
     plugins = PluginSet.from_pretrained(tmp_path / "set")
     assert (plugins.config.max_r, plugins.config.rank, plugins.config.trained_scale) == (16, 2, 0.1)
     TocomModel.from_pretrained(deit, plugins=plugins, source_r=4, target_r=16)
@@ -207,12 +206,10 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
         convert_plugins(plugin_weights(), model, MAX_R, float("nan"))
 
 
-def test_images_are_prepared_as_told(tmp_path, monkeypatch):
+def test_images_are_prepared_as_told(run, tmp_path):
     torch.save(timm_weights(), tmp_path / "vit.pth")
     settings = ["--head_dim", "8", "--image_mean", *["0.5"] * 3, "--image_std", *["0.5"] * 3, "--crop_pct", "0.9"]
-    command = ["convert_official.py", "--weights", tmp_path / "vit.pth", "--output_dir", tmp_path / "vit", *settings]
-    monkeypatch.setattr(sys, "argv", [*map(str, command)])
-    main()
+    assert run("convert", "--weights", tmp_path / "vit.pth", "--output_dir", tmp_path / "vit", *settings).code == 0
     processor = AutoImageProcessor.from_pretrained(tmp_path / "vit")
     image = Image.fromarray(np.arange(70 * 50 * 3, dtype=np.uint8).reshape(70, 50, 3))
     resized = image.resize((35, 49), Image.Resampling.BICUBIC)  # the shorter edge to 32 / 0.9

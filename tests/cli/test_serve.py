@@ -5,18 +5,18 @@ import base64
 import copy
 import io
 import itertools
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from degree_policy import DegreePolicy
 from helpers.paths import ROOT
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from tocom_hf import DegreeError, TocomModel
+from tocom_hf import TocomModel
+from tocom_hf.cost import calibration
+from tocom_hf.serving.policy import DegreePolicy
 
 
 SECONDS = {0: 0.1, 2: 0.08, 4: 0.05, 8: 0.04}
@@ -124,7 +124,8 @@ class Service:
 
     def __init__(self, loaded, **arguments):
         from fastapi.testclient import TestClient
-        from serve import create_app
+
+        from tocom_hf.serving.service import create_app
 
         self.model, processor = loaded
         self.model.set_target_r(0)
@@ -215,18 +216,18 @@ def test_bad_requests_are_refused_and_do_no_harm(loaded, body, content_type, sta
 
 
 def test_too_many_pixels(loaded, monkeypatch):
-    import serve
+    from tocom_hf.serving import service as module
 
-    monkeypatch.setattr(serve, "MAX_PIXELS", 100)
+    monkeypatch.setattr(module, "MAX_PIXELS", 100)
     with Service(loaded, objective=100.0) as service:
         assert service.predict(png()).status_code == 413
 
 
 def test_too_many_images_are_counted_before_they_are_decoded(loaded, monkeypatch):
     """A body of a few megabytes can hold images of many gigabytes."""
-    import serve
+    from tocom_hf.serving import service as module
 
-    monkeypatch.setattr(serve, "decode", lambda data: pytest.fail("decoded"))
+    monkeypatch.setattr(module, "decode", lambda data: pytest.fail("decoded"))
     with Service(loaded, objective=100.0) as service:
         answer = service.client.post("/predict", json={"images": [base64.b64encode(png()).decode()] * 5})
         assert (answer.status_code, answer.json()["error"]) == (413, "5 images in a request; 4 are the limit.")
@@ -240,7 +241,7 @@ def test_formats_that_pillow_hands_to_other_programs_are_not_opened(loaded):
 
 
 def test_photographs_stand_as_their_camera_was_held(loaded):
-    from serve import decode
+    from tocom_hf.serving.service import decode
 
     image, exif = Image.new("RGB", (40, 20)), Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees to show
@@ -323,14 +324,11 @@ def test_images_that_a_processor_leaves_at_several_sizes(loaded):
     ("arguments", "message"),
     [(["--degrees", "0", "12"], "target_r=12 is outside"), (["--plugins", ""], "Pass --plugins")],
 )
-def test_degrees_that_cannot_run_are_found_before_the_service_starts(arguments, message, monkeypatch, capsys):
+def test_degrees_that_cannot_run_are_found_before_the_service_starts(arguments, message, monkeypatch, refused):
     pytest.importorskip("uvicorn")
-    import serve
-
-    monkeypatch.setattr(serve, "calibrate", lambda *args, **kwargs: pytest.fail("went on"))
-    monkeypatch.setattr(sys, "argv", ["serve.py", *arguments])
-    with pytest.raises((SystemExit, DegreeError), match=message):
-        serve.main()
+    monkeypatch.setattr(calibration, "calibrate", lambda *args, **kwargs: pytest.fail("went on"))
+    common = ("--model_name_or_path", CHECKPOINT, "--plugins", PLUGINS)
+    assert message in refused("serve", *common, *arguments)
 
 
 def test_health_and_metrics(loaded):

@@ -1,8 +1,10 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""Which degree to run the next batch at, from the length of the queue. `serve.py` uses it."""
+"""Which degree to run the next batch at, from the length of the queue."""
 
 import math
 from collections.abc import Mapping
+
+from tocom_hf.errors import ArgumentError
 
 
 class DegreePolicy:
@@ -22,6 +24,9 @@ class DegreePolicy:
             when a request arrives, and for what happens outside the model.
         calm: Share of that limit within which the queue must drain for a lower degree.
         patience: Batches in a row for which that must hold.
+
+    Raises:
+        ArgumentError: if one of them is out of range.
     """
 
     def __init__(
@@ -34,9 +39,9 @@ class DegreePolicy:
         patience: int = 8,
     ):
         if not batch_seconds or min(batch_seconds.values()) <= 0:
-            raise ValueError("batch_seconds needs a positive time for at least one degree.")
+            raise ArgumentError("batch_seconds needs a positive time for at least one degree.")
         if max_batch_size < 1 or patience < 1 or not objective > 0 or not 0 < headroom <= 1 or not 0 < calm < 1:
-            raise ValueError(
+            raise ArgumentError(
                 "Expected max_batch_size >= 1, patience >= 1, objective > 0, headroom in (0, 1] and calm in (0, 1)."
             )
         self.max_batch_size, self.patience = max_batch_size, patience

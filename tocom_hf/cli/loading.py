@@ -1,0 +1,74 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Loading models and processors for a command: whatever transformers makes of a wrong name becomes one clear error."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tocom_hf.errors import ArgumentError, TocomError
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextlib.contextmanager
+def refused_input(what: str) -> Iterator[None]:
+    """Turn what a library raises about a user's input into an `ArgumentError`.
+
+    Libraries raise many types for wrong input, ValueError and OSError most of all. So the block must hold nothing but
+    the call of the library: a mistake of this package within it would look like one of the user.
+
+    Args:
+        what: What could not be done, for the message: "The model 'x' cannot be loaded".
+    """
+    try:
+        yield
+    except (TocomError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ArgumentError(f"{what}: {reason}") from error
+
+
+def load_config(name: str | Path, **arguments: Any) -> Any:
+    """The configuration of a checkpoint, as AutoConfig loads it."""
+    from transformers import AutoConfig
+
+    with refused_input(f"The model {str(name)!r} cannot be loaded"):
+        return AutoConfig.from_pretrained(name, **arguments)
+
+
+def load_model(model_class: Any, name: str | Path, **arguments: Any) -> Any:
+    """A model of a class of transformers, which may be an Auto class."""
+    with refused_input(f"The model {str(name)!r} cannot be loaded"):
+        return model_class.from_pretrained(name, **arguments)
+
+
+def load_processor(name: str | Path, **arguments: Any) -> Any:
+    """The image processor of a checkpoint."""
+    from transformers import AutoImageProcessor
+
+    with refused_input(f"The image processor of {str(name)!r} cannot be loaded"):
+        return AutoImageProcessor.from_pretrained(name, **arguments)
+
+
+def make_accelerator(**arguments: Any) -> Any:
+    """An `Accelerator`, which may refuse a precision or a tracker."""
+    from accelerate import Accelerator
+
+    with refused_input("Accelerate cannot start"):
+        return Accelerator(**arguments)
+
+
+def find_device(name: str | None) -> "torch.device | None":
+    """A device by its name, tried out; `None` without one."""
+    import torch
+
+    if name is None:
+        return None
+    with refused_input(f"The device {name!r} cannot be used"):
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    return device
