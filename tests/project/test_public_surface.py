@@ -63,7 +63,7 @@ def test_every_public_name_is_documented_with_an_example(name):
         assert ">>> " in text
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [module for module in MODULES if not module.startswith("tocom_hf.cli.")])
 def test_the_library_does_not_print(module):
     """It logs by transformers' logger, or returns."""
     tree = ast.parse(Path(importlib.import_module(module).__file__).read_text(encoding="utf-8"))

@@ -152,7 +152,9 @@ def load_data(script: ScriptArguments, training: "DistillationArguments") -> tup
 
 
 def distill_set(arguments: "tuple[ScriptArguments, DistillationArguments]") -> None:
-    from tocom_hf.distillation.distill import distill, save_agreement
+    from tocom_hf.distillation.distill import distill
+    from tocom_hf.plugins.agreement import AgreementGrid
+    from tocom_hf.plugins.cards import AGREEMENT_FIGURE
     from tocom_hf.plugins.plugin_set import PluginSet
 
     script, training = arguments
@@ -180,7 +182,9 @@ def distill_set(arguments: "tuple[ScriptArguments, DistillationArguments]") -> N
     if accelerator.is_main_process:
         plugins.save_pretrained(output_dir)
         if "agreement" in plugins.config.training:
-            print(save_agreement(plugins.config.training["agreement"], output_dir))
+            grid = AgreementGrid.from_dict(plugins.config.training["agreement"])
+            grid.plot().savefig(Path(output_dir) / AGREEMENT_FIGURE, dpi=120)
+            print(grid)
         print(f"{plugins} written to {Path(output_dir).resolve()}")
     accelerator.end_training()
 

@@ -174,9 +174,12 @@ def evaluate(args: argparse.Namespace) -> None:
     import torch
     from torch.utils.data import default_collate
 
+    from tocom_hf.cost.flops import Example
+    from tocom_hf.cost.timing import measure_costs
     from tocom_hf.data.images import with_pixel_values
     from tocom_hf.evaluation.grid import evaluate_checkpoint
-    from tocom_hf.evaluation.reports import Report, measure_costs
+    from tocom_hf.evaluation.reports import Report
+    from tocom_hf.merging.architectures import find_backbone
     from tocom_hf.plugins.composition import require_scale
     from tocom_hf.scales.choice import WIDE_SCALES
 
@@ -217,7 +220,8 @@ def evaluate(args: argparse.Namespace) -> None:
             batch = default_collate([processed["test"][i] for i in range(count)])
             with accelerator.autocast(), torch.no_grad():
                 pixel_values = batch["pixel_values"].to(accelerator.device)
-                costs = measure_costs(model, degrees, pixel_values, args.speed_rounds)
+                example = Example(find_backbone(model), model, pixel_values)
+                costs = measure_costs(example, degrees, rounds=args.speed_rounds)
         for run in runs[-len(degrees) :]:
             picked = "".join(f", scale {s:g} {run.at_scale[s].double().mean():.2%}" for s in set(run.picked.values()))
             accelerator.print(

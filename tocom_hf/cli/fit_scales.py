@@ -51,7 +51,7 @@ def fit(args: argparse.Namespace) -> None:
         args.model_name_or_path, plugins=args.plugins, source_r=args.source_r, dtype=torch.float32
     )
     if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
+        model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
     processor = load_processor(args.model_name_or_path)
     images = load_images(
         args.dataset_name,

@@ -107,7 +107,7 @@ def make_report(
     """
     from tocom_hf.cost.calibration import calibrate
     from tocom_hf.merging.architectures import find_backbone
-    from tocom_hf.merging.patching import apply_tome, get_settings
+    from tocom_hf.merging.patching import get_settings, set_merging
 
     place = measuring_device(device)
     report, subject = open_checkpoint(model)
@@ -117,8 +117,9 @@ def make_report(
     degrees = degrees_to_measure(subject, target_r, image_size)
     calibration = calibrate(subject, image_size, batch_size, degrees=degrees, seconds=seconds)
     backbone = find_backbone(subject)
-    settings = get_settings(apply_tome(subject, r=0))
-    assert settings is not None
+    set_merging(backbone, 0)
+    settings = get_settings(backbone)
+    restored = settings is not None and settings.restore
     return MergeReport(
         model=report.model,
         model_type=report.model_type,
@@ -126,7 +127,7 @@ def make_report(
         measured_class=type(subject).__name__,
         protected=backbone.protected,
         registers=backbone.protected - backbone.architecture.protected,
-        restored=settings.restore,
+        restored=restored,
         calibration=calibration,
         first_r=degree_to_try(calibration, target_speedup),
     )
@@ -189,9 +190,9 @@ def build_with_random_weights(name: str, config: Any) -> "PreTrainedModel":
     from transformers import AutoModel
 
     from tocom_hf.merging.architectures import find_backbone
-    from tocom_hf.model.loading import _model_class
+    from tocom_hf.model.loading import model_class_of
 
-    model_class = _model_class(config)
+    model_class = model_class_of(config)
 
     def build() -> Any:
         with refused_input(f"No model can be built from the config.json of {name}"):

@@ -59,7 +59,7 @@ def load_classifier(args: argparse.Namespace) -> Any:
     degrees = args.degrees or list(range(model.plugins.config.min_r, model.plugins.config.max_r + 1))
     for degree in degrees:  # before a request asks for one that there is not
         model.plugins.compose(model.source_r, degree)
-    return model.to(device), degrees
+    return model.to(device), degrees  # type: ignore[arg-type]
 
 
 def serve(args: argparse.Namespace) -> None:

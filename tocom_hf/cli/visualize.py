@@ -72,7 +72,8 @@ def visualize(args: argparse.Namespace) -> None:
     from transformers import AutoModel
 
     from tocom_hf.merging.architectures import find_backbone
-    from tocom_hf.merging.patching import apply_tome, trace_tokens
+    from tocom_hf.merging.patching import apply_tome
+    from tocom_hf.merging.tracing import trace_tokens
     from tocom_hf.visualization import paint_groups, tile
 
     if not args.output.suffix or not args.output.absolute().parent.is_dir():

@@ -1,5 +1,5 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""How a plugin set is distilled: the arguments of `distill`, of `examples/distill.py`, and their presets."""
+"""How a plugin set is distilled: the arguments of `distill`, of `tocom distill`, and their presets."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

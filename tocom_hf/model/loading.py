@@ -80,7 +80,7 @@ def _load(model: Any, plugins: Any, source_r: Any, target_r: Any, scale: Any, kw
             )
         checkpoint = Checkpoint(model, kwargs)
         config, kwargs = checkpoint.config(kwargs.pop("config", None), kwargs)
-        model_class = _model_class(config)
+        model_class = model_class_of(config)
     # everything that can be wrong is found before weights are loaded or changed
     recorded = getattr(config, "tocom", None) or {}
     if not isinstance(recorded, dict):
@@ -172,7 +172,7 @@ def _is_missing(checkpoint: Checkpoint, error: Exception) -> bool:
     return not (checkpoint.folder / PLUGINS_FOLDER).exists()
 
 
-def _model_class(config: PreTrainedConfig) -> Any:
+def model_class_of(config: PreTrainedConfig) -> Any:
     """The transformers class that a checkpoint was saved from."""
     if not supported_types(config):
         raise unsupported(config.model_type)
