@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 from helpers.paths import ROOT
 
 
-# it imports everything that the processes need
-PRELOADED = "helpers.distill_worker"
+# what the processes need, also what a distillation would import only when it begins
+PRELOADED = ["helpers.distill_worker", "peft", "torch.profiler"]
 
 
 class Finished(NamedTuple):
@@ -115,7 +115,8 @@ def ranks(count: int, machines: int = 1) -> list[dict[str, str]]:
 
 def serve() -> None:
     """Read jobs from the standard input, one a line, and answer each with the exit codes of its processes."""
-    importlib.import_module(PRELOADED)
+    for module in PRELOADED:
+        importlib.import_module(module)
     # the answers go where only this process writes: what is imported may print
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
