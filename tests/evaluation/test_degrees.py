@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+from helpers.clock import TokenClock
 from helpers.models import make_model, make_plugins
 from torch.utils.data import DataLoader
 
@@ -37,7 +38,19 @@ def test_accuracy_and_throughput_leave_the_model_as_it_was(tocom, pixel_values):
     assert (tocom.target_r, tocom.training) == (4, True)
     for name, weight in tocom.state_dict().items():
         assert torch.equal(weight, weights[name]), name
-    assert throughput(tocom, [0, 4], pixel_values, rounds=1)[0][1] == 1
+    throughput(tocom, [0, 4], pixel_values, rounds=1)
+    assert (tocom.target_r, tocom.training) == (4, True)
+    for name, weight in tocom.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def test_throughput_is_images_by_time_and_speedups_are_over_the_first_degree(tocom, pixel_values, monkeypatch):
+    TokenClock(monkeypatch, tocom)
+    found = throughput(tocom, [1, 5], pixel_values, rounds=3)
+    # by this clock one second for each token that enters the last of the four layers
+    seconds = {1: 65 - 3 * 1, 5: 65 - 3 * 5}
+    assert found[1] == pytest.approx((3 / seconds[1], 1.0))
+    assert found[5] == pytest.approx((3 / seconds[5], seconds[1] / seconds[5]))
 
 
 def test_accuracy_counts_the_largest_logits(pixel_values):

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from helpers.clock import TokenClock
 from helpers.evaluation import make_run
 from helpers.models import make_model
+from helpers.pictures import assert_drawn
 
 from tocom_hf import TocomModel
 from tocom_hf.evaluation.reports import Cost, Report, gap_closed, measure_costs, won_back
@@ -35,7 +37,7 @@ def test_what_is_saved_is_what_was_measured(report, tmp_path):
     content = json.loads((tmp_path / "grid.json").read_text())
     assert content["cells"][1]["compensated"]["wide"]["gain"] == cell.compensated["wide"].gain
     for name in ("heat_map.png", "tradeoff.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert_drawn(tmp_path / name, 500, 300)
 
 
 def test_a_report_survives_a_round_trip_with_every_image(report, tmp_path):
@@ -84,9 +86,13 @@ def test_only_what_was_clearly_lost_can_be_won_back():
     assert won_back([cells[4, 0], cells[4, 4]], "paper") is None
 
 
-def test_costs_fall_with_the_degree(pixel_values):
+def test_costs_fall_with_the_degree(pixel_values, monkeypatch):
     model = TocomModel.from_pretrained(make_model(), source_r=0)
-    costs = measure_costs(model, [0, 4], pixel_values, rounds=1)
+    TokenClock(monkeypatch, model)
+    costs = measure_costs(model, [2, 4], pixel_values, rounds=1)
     assert costs[0].flops > costs[1].flops
-    assert costs[0].speedup == 1
+    # by this clock one second for each token that enters the last of the four layers
+    for cost, degree in zip(costs, (2, 4), strict=True):
+        assert cost.images_per_second == pytest.approx(3 / (65 - 3 * degree))
+        assert cost.speedup == pytest.approx(65 / (65 - 3 * degree))
     assert measure_costs(model, [4], pixel_values, rounds=0)[0].images_per_second is None

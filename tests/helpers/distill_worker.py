@@ -59,7 +59,11 @@ def main(settings):
 
         torch.optim.AdamW.step = die
     accelerator = ShardingAccelerator(cpu=True) if settings.get("shard") else Accelerator(cpu=True)
-    plugins = distill(make_model(), dataset, DistillationArguments(**settings["arguments"]), accelerator)
+    arguments = dict(settings["arguments"])
+    if "output_dir" in arguments:
+        # a folder for each process, where a test names one
+        arguments["output_dir"] = arguments["output_dir"].format(rank=os.environ.get("RANK", "0"))
+    plugins = distill(make_model(), dataset, DistillationArguments(**arguments), accelerator)
     if accelerator.is_main_process:
         plugins.save_pretrained(settings["plugins"])
     accelerator.end_training()

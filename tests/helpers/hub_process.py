@@ -1,5 +1,5 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""What one process pushes and another one pulls, each with a cache of its own; the fork server calls `push` and `pull`."""
+"""What one process pushes and another one pulls: the fork server calls `push` and `pull`."""
 
 import hashlib
 
