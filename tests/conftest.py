@@ -2,6 +2,7 @@
 import helpers.hub_listener  # isort: skip  # noqa: F401  # before anything imports huggingface_hub
 import pytest
 import torch
+from helpers.fork_server import ForkServer
 from helpers.models import make_model, make_plugins
 
 
@@ -18,3 +19,11 @@ def plugins(model):
 @pytest.fixture
 def pixel_values():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    """Processes that need not import torch first."""
+    server = ForkServer()
+    yield server
+    server.close()

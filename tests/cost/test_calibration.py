@@ -6,8 +6,10 @@ import json
 import pytest
 import torch
 import transformers as hf
+from helpers.clock import TokenClock
 from helpers.families import FAMILIES, clip
 from helpers.models import make_model, make_plugins, schedule_of
+from helpers.pictures import assert_drawn
 from transformers.utils import logging
 
 from tocom_hf import (
@@ -22,7 +24,6 @@ from tocom_hf import (
     calibrate,
     count_flops,
 )
-from tocom_hf.cost import timing
 
 
 def quick(model, **arguments):
@@ -64,16 +65,21 @@ def test_flops_follow_the_formula(r, attention):
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_every_family_is_measured_and_given_back_as_it_came(family):
+def test_every_family_is_measured_and_given_back_as_it_came(family, monkeypatch):
     model = family.make()
     inputs, expected = family.inputs(), family.result(family.make(), family.inputs())
+    TokenClock(monkeypatch, model)
     calibration = quick(model)
     assert calibration.degrees == [0, 2, 5]
-    assert calibration[0].speedup == 1
     assert calibration[5].gflops < calibration[2].gflops < calibration[0].gflops
     entering = 64 + family.protected
     assert calibration[2].tokens == tuple(entering - 2 * layer for layer in range(5))
-    assert all(cost.images_per_second == pytest.approx(1e3 / cost.latency_ms) for cost in calibration)
+    for cost in calibration:
+        # by this clock one second for each token that enters the last of the four layers
+        seconds = entering - 3 * cost.target_r
+        assert cost.latency_ms == pytest.approx(1e3 * seconds)
+        assert cost.images_per_second == pytest.approx(1 / seconds)
+        assert cost.speedup == pytest.approx(entering / seconds)
     assert schedule_of(model) is None
     assert torch.equal(family.result(model, inputs), expected)
 
@@ -127,9 +133,11 @@ def test_the_vision_side_of_clip_is_measured_alone():
     assert quick(model)[5].tokens[-1] == 65 - 20
 
 
-def test_seconds_are_spent_on_rounds(model):
+def test_seconds_are_spent_on_rounds(model, monkeypatch):
+    TokenClock(monkeypatch, model)
+    one_round = 65 + (65 - 3 * 2) + (65 - 3 * 5)  # seconds, at the degrees 0, 2 and 5
     assert quick(model).rounds == 1
-    assert quick(model, seconds=0.2).rounds > 1
+    assert quick(model, seconds=2.5 * one_round).rounds == 3
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -211,7 +219,7 @@ def test_it_prints_a_row_for_every_degree():
 
 def test_it_plots(tmp_path):
     figure = CALIBRATION.plot(tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert_drawn(tmp_path / "plot.png", 600, 400)
     assert list(figure.axes[0].lines[1].get_ydata()) == [cost.speedup for cost in CALIBRATION]
 
 
@@ -279,15 +287,14 @@ def test_a_budget_of_flops_needs_no_calibration(model):
 
 
 def test_a_budget_of_time_is_measured_and_kept_in_a_file(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "time_degrees", lambda example, degrees, **rest: times(degrees))
+    clock = TokenClock(monkeypatch, model)
     path = tmp_path / "calibration.json"
-    assert load(model, target_speedup=1.39, calibration=path).target_r == 4
-    monkeypatch.delattr(timing, "time_degrees")
-    assert TocomModel.from_pretrained(model, target_speedup=1.29, calibration=path).target_r == 3
-
-
-def times(degrees):
-    return {degree: [1 / (1 + degree / 10)] for degree in degrees}
+    # the speed-up at degree r is 65 / (65 - 3 r): 1.16 at degree 3 and 1.23 at degree 4
+    assert load(model, target_speedup=1.2, calibration=path).target_r == 4
+    measured_until = clock.now
+    assert measured_until > 0
+    assert TocomModel.from_pretrained(model, target_speedup=1.15, calibration=path).target_r == 3
+    assert clock.now == measured_until  # the model has not run again
 
 
 def test_a_model_without_plugins_has_one_degree(model):

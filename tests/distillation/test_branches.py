@@ -64,12 +64,17 @@ def test_dropout_belongs_to_the_image_and_keeps_the_mean():
 
 
 def test_layers_drop_differently():
+    """Two layers with the same weights and plugins differ by what they drop."""
     model = make_model()
+    one, other = (layer.attention for layer in model.vit.layers[:2])
+    other.load_state_dict(one.state_dict())
     chain = trained(model, dropout=0.5)
-    chain.activate(0, 4, keys(8))
+    chain.layers[1].load_state_dict(chain.layers[0].state_dict())
     inputs = torch.ones(8, 3, 32)
-    downs = [layer._down(inputs) == 0 for layer in chain.layers]
-    assert not torch.equal(downs[0], downs[1])
+    chain.activate(0, 4)
+    assert torch.equal(one.q_proj(inputs), other.q_proj(inputs))
+    chain.activate(0, 4, keys(8))
+    assert not torch.equal(one.q_proj(inputs), other.q_proj(inputs))
 
 
 def test_a_chain_takes_over_as_many_plugins_as_it_has():

@@ -1,4 +1,6 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""What is distilled is the formula's, brings a model closer to itself at another degree, and leaves it as it was."""
+
 import copy
 
 import pytest
@@ -95,18 +97,18 @@ def test_distillation_returns_a_set_and_restores_the_model(tmp_path):
     assert composed.target_r == 4
 
 
-@pytest.mark.parametrize(("source_r", "target_r"), [(0, 8), (8, 0)])
-def test_distilled_plugins_reduce_the_divergence_and_flipped_ones_raise_it(source_r, target_r):
+def test_distilled_plugins_reduce_the_divergence_and_flipped_ones_raise_it():
     model, data = make_model(), Noise(64)
     arguments = DistillationArguments(
-        max_r=8, num_train_epochs=20, per_device_train_batch_size=16, learning_rate=0.3, lora_dropout=0.0
+        max_r=8, num_train_epochs=10, per_device_train_batch_size=16, learning_rate=0.3, lora_dropout=0.0
     )
     plugins = distill(model, data, arguments)
-    with_plugin, plain, flipped = (
-        divergence(model, plugins, data.images, source_r, target_r, scale) for scale in (0.1, 0.0, -0.1)
-    )
-    assert with_plugin < 0.9 * plain
-    assert flipped > plain
+    for source_r, target_r in ((0, 8), (8, 0)):
+        with_plugin, plain, flipped = (
+            divergence(model, plugins, data.images, source_r, target_r, scale) for scale in (0.1, 0.0, -0.1)
+        )
+        assert with_plugin < 0.7 * plain
+        assert flipped > 1.5 * plain
 
 
 def test_the_same_seed_gives_the_same_set():
@@ -163,7 +165,7 @@ def test_training_starts_from_a_set(base_plugins):
 
 @pytest.mark.parametrize("source_r", [0, 2, 4])
 def test_a_set_fitted_to_a_checkpoint_serves_it_better(base_plugins, source_r):
-    arguments = DistillationArguments(**{**ARGUMENTS, "num_train_epochs": 15}, source_r=source_r)
+    arguments = DistillationArguments(**{**ARGUMENTS, "num_train_epochs": 8}, source_r=source_r)
     plugins = distill(finetuned(), Noise(), arguments, init_plugins=base_plugins)
     assert plugins.config.source_r == source_r
     images = Noise().images
@@ -171,7 +173,7 @@ def test_a_set_fitted_to_a_checkpoint_serves_it_better(base_plugins, source_r):
         before, after = (
             divergence(finetuned(), tried, images, source_r, target_r, 0.1) for tried in (base_plugins, plugins)
         )
-        assert after < 0.8 * before
+        assert after < 0.9 * before
 
 
 def test_a_set_for_one_degree_of_weights_refuses_others(tmp_path, pixel_values):

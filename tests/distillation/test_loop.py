@@ -4,7 +4,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from helpers.distillation import Noise
+from helpers.fork_server import ranks
 from helpers.models import make_model
 from helpers.paths import ROOT
 from PIL import Image
@@ -25,7 +25,7 @@ from tocom_hf.distillation.objectives import OBJECTIVES
 from tocom_hf.errors import ArgumentError, CheckpointError, DatasetError, DistillationError, DistillationInterrupted
 
 
-WORKER = ROOT / "tests" / "helpers" / "distill_worker.py"
+WORKER = "helpers.distill_worker:main"
 # everything random that there is: dropout, crops, RandAugment, erasing, mixing
 RECIPE = {
     "max_r": 4, "max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 0.3, "lora_dropout": 0.1,
@@ -47,37 +47,27 @@ def images(tmp_path_factory):
     return str(folder)
 
 
-def command(tmp_path, name, images, processes=1, **settings):
-    """The command that distils, and the folder that the plugin set goes to."""
+def settings_of(tmp_path, name, images, **settings):
+    """The settings of a worker, and the folder that its plugin set goes to."""
     plugins = tmp_path / name
     arguments = {**RECIPE, **settings.pop("arguments", {})}
-    content = {"images": images, "plugins": str(plugins), "arguments": arguments, **settings}
-    path = tmp_path / f"{name}.json"
-    path.write_text(json.dumps(content))
-    launcher = (
-        [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    )
-    return [sys.executable, *launcher, str(WORKER), str(path)], plugins
+    fixed = {"images": images, "plugins": str(plugins), "cache": str(tmp_path / "cache"), "arguments": arguments}
+    return {**fixed, **settings}, plugins
 
 
-def environment(tmp_path):
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    return {
-        **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true",
-        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-    }  # fmt: skip
+@pytest.fixture(scope="module")
+def run(fork_server):
+    """Distil in one or several processes of their own; returns the folder of the set, and what they printed."""
 
+    def call(tmp_path, name, images, processes=1, machines=1, code=0, **settings):
+        content, plugins = settings_of(tmp_path, name, images, **settings)
+        environments = [{}] if processes == 1 else ranks(processes, machines)
+        finished = fork_server.run(WORKER, content, tmp_path, environments)
+        output = "".join(process.output for process in finished)
+        assert [process.code for process in finished] == [code] * processes, output
+        return plugins, output
 
-def start(command, tmp_path):
-    return subprocess.Popen(
-        command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(process, code=0):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
-    return output
+    return call
 
 
 def weights(folder):
@@ -97,46 +87,44 @@ def distance(one, other):
 
 
 @pytest.fixture(scope="module")
-def one_process(images, tmp_path_factory):
-    tmp_path = tmp_path_factory.mktemp("one")
-    run, plugins = command(tmp_path, "one", images)
-    finish(start(run, tmp_path))
+def one_process(run, images, tmp_path_factory):
+    plugins, _ = run(tmp_path_factory.mktemp("one"), "one", images)
     return plugins
 
 
-def test_two_processes_give_what_one_gives(images, one_process, tmp_path):
-    run, plugins = command(tmp_path, "two", images, processes=2, arguments={"per_device_train_batch_size": 4})
-    finish(start(run, tmp_path))
+def test_two_processes_of_torchrun_give_what_one_gives(images, one_process, tmp_path):
+    """The launcher that users run; the other tests give their processes the environment that it would."""
+    settings, plugins = settings_of(tmp_path, "two", images, arguments={"per_device_train_batch_size": 4})
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = ROOT / "tests" / "helpers" / "distill_worker.py"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), str(tmp_path / "settings.json")],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
     assert distance(one_process, plugins) < 1e-4
 
 
-def test_two_machines_give_what_one_gives(images, one_process, tmp_path):
-    """Two launches that only share a network address and the output folder."""
-    run, plugins = command(tmp_path, "machines", images, arguments={"per_device_train_batch_size": 4})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launches = []
-    for rank in (0, 1):
-        launcher = [
-            "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}",
-            "--master_addr=127.0.0.1", f"--master_port={port}",
-        ]  # fmt: skip
-        launches.append(start([run[0], *launcher, *run[1:]], tmp_path))
-    for launch in launches:
-        finish(launch)
-    assert distance(one_process, plugins) < 1e-4
-
-
-def test_sharded_weights_give_what_whole_ones_give(images, one_process, tmp_path):
+def test_two_machines_give_what_one_gives(run, images, one_process, tmp_path):
+    """Two processes, the first of its machine each, that only share a network address and the output folder."""
     arguments = {"per_device_train_batch_size": 4}
-    run, plugins = command(tmp_path, "sharded", images, processes=2, arguments=arguments, shard=True)
-    finish(start(run, tmp_path))
+    plugins, _ = run(tmp_path, "machines", images, processes=2, machines=2, arguments=arguments)
+    assert distance(one_process, plugins) < 1e-4
+
+
+def test_sharded_weights_give_what_whole_ones_give(run, images, one_process, tmp_path):
+    arguments = {"per_device_train_batch_size": 4}
+    plugins, _ = run(tmp_path, "sharded", images, processes=2, arguments=arguments, shard=True)
     assert distance(one_process, plugins) < 1e-4
 
 
 @pytest.mark.parametrize(("objective", "target_modules"), [("features", None), ("hidden_states", ["all-linear"])])
-def test_what_lies_below_the_head_is_compared_on_sharded_weights(images, tmp_path, objective, target_modules):
+def test_what_lies_below_the_head_is_compared_on_sharded_weights(run, images, tmp_path, objective, target_modules):
     """Two processes with half of the batch and of the weights each; the model has a head, which is not run."""
     plugins = []
     for name, processes, shard in (("whole", 1, False), ("sharded", 2, True)):
@@ -145,61 +133,67 @@ def test_what_lies_below_the_head_is_compared_on_sharded_weights(images, tmp_pat
             "target_modules": target_modules,
             "per_device_train_batch_size": 8 // processes,
         }
-        run, folder = command(tmp_path, name, images, processes=processes, arguments=settings, shard=shard)
-        finish(start(run, tmp_path))
+        folder, _ = run(tmp_path, name, images, processes=processes, arguments=settings, shard=shard)
         plugins.append(folder)
     assert distance(*plugins) < 1e-4
 
 
-def test_accumulation_gives_what_one_large_batch_gives(images, one_process, tmp_path):
+def test_accumulation_gives_what_one_large_batch_gives(run, images, one_process, tmp_path):
     arguments = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    run, plugins = command(tmp_path, "accumulated", images, arguments=arguments)
-    finish(start(run, tmp_path))
+    plugins, _ = run(tmp_path, "accumulated", images, arguments=arguments)
     assert distance(one_process, plugins) < 1e-4
 
 
-def test_loading_workers_change_nothing(images, one_process, tmp_path):
-    run, plugins = command(tmp_path, "workers", images, arguments={"dataloader_num_workers": 2})
-    finish(start(run, tmp_path))
+def test_loading_workers_change_nothing(run, images, one_process, tmp_path):
+    plugins, _ = run(tmp_path, "workers", images, arguments={"dataloader_num_workers": 2})
     assert distance(one_process, plugins) == 0
 
 
-def test_a_killed_run_goes_on_bit_for_bit(images, one_process, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(run, images, one_process, tmp_path):
     """kill -9 in the middle of an epoch, behind the last checkpoint."""
     settings = {"output_dir": str(tmp_path / "run"), "save_steps": 3}
-    run, _ = command(tmp_path, "killed", images, arguments=settings, kill_at=4, signal="SIGKILL")
-    finish(start(run, tmp_path), -signal.SIGKILL)
+    run(tmp_path, "killed", images, code=-signal.SIGKILL, arguments=settings, kill_at=4, signal="SIGKILL")
     resumed = {**settings, "resume_from_checkpoint": "latest"}
-    run, plugins = command(tmp_path, "resumed", images, arguments=resumed)
-    assert "step 3 of 8" in finish(start(run, tmp_path))
+    plugins, output = run(tmp_path, "resumed", images, arguments=resumed)
+    assert "step 3 of 8" in output
     assert distance(one_process, plugins) == 0
 
 
-def test_a_stopped_run_of_two_processes_goes_on_with_one(images, one_process, tmp_path):
+def test_a_stopped_run_of_two_processes_goes_on_with_one(run, images, one_process, tmp_path):
     """SIGTERM to one process stops both after the step, with a checkpoint; how many go on does not matter."""
     settings = {"output_dir": str(tmp_path / "run"), "save_steps": 100}
     arguments = {**settings, "per_device_train_batch_size": 4}
-    run, _ = command(tmp_path, "stopped", images, processes=2, arguments=arguments, kill_at=4, signal="SIGTERM")
-    assert "DistillationInterrupted: Stopped by SIGTERM after step 6 of 8" in finish(start(run, tmp_path), 1)
+    kill = {"kill_at": 4, "signal": "SIGTERM", "kill_rank": 1}
+    _, output = run(tmp_path, "stopped", images, processes=2, code=1, arguments=arguments, **kill)
+    assert output.count("DistillationInterrupted: Stopped by SIGTERM after step 6 of 8") == 2
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-6"]
-    run, plugins = command(tmp_path, "resumed", images, arguments={**settings, "resume_from_checkpoint": "latest"})
-    finish(start(run, tmp_path))
+    plugins, _ = run(tmp_path, "resumed", images, arguments={**settings, "resume_from_checkpoint": "latest"})
     assert distance(one_process, plugins) < 1e-4
 
 
-def test_a_killed_run_on_a_stream_goes_on_bit_for_bit(images, tmp_path):
+def test_machines_that_do_not_share_a_folder_are_told(run, images, tmp_path):
+    """The first of two finds a checkpoint in its folder, the second none."""
+    settings = {"max_steps": 3, "save_steps": 2, "output_dir": str(tmp_path / "machine-0")}
+    run(tmp_path, "first", images, arguments=settings)
+    resumed = {
+        **settings,
+        "per_device_train_batch_size": 4,
+        "output_dir": str(tmp_path / "machine-{rank}"),
+        "resume_from_checkpoint": "latest",
+    }
+    _, output = run(tmp_path, "both", images, processes=2, machines=2, code=1, arguments=resumed)
+    assert output.count("CheckpointError: Processes found different checkpoints") == 2
+    assert "a folder that all of them see" in output
+
+
+def test_a_killed_run_on_a_stream_goes_on_bit_for_bit(run, images, tmp_path):
     settings = {"save_steps": 3, "shuffle_buffer_size": 5}
-
-    def run(name, code=0, kill=None, **extra):
-        arguments = {**settings, **extra}
-        made, plugins = command(tmp_path, name, images, streaming=True, arguments=arguments, **(kill or {}))
-        finish(start(made, tmp_path), code)
-        return plugins
-
-    whole = run("whole")
-    folder = str(tmp_path / "run")
-    run("killed", -signal.SIGKILL, {"kill_at": 7, "signal": "SIGKILL"}, output_dir=folder)
-    rest = run("resumed", output_dir=folder, resume_from_checkpoint="latest")
+    whole, _ = run(tmp_path, "whole", images, streaming=True, arguments=settings)
+    saved = {**settings, "output_dir": str(tmp_path / "run")}
+    kill = {"kill_at": 7, "signal": "SIGKILL"}
+    run(tmp_path, "killed", images, code=-signal.SIGKILL, streaming=True, arguments=saved, **kill)
+    resumed = {**saved, "resume_from_checkpoint": "latest"}
+    rest, _ = run(tmp_path, "resumed", images, streaming=True, arguments=resumed)
     assert distance(whole, rest) == 0
 
 
@@ -276,12 +270,6 @@ def test_a_run_from_another_set_is_not_gone_on_with(tmp_path):
         with pytest.raises(CheckpointError, match="init_plugins:"):
             distill(make_model(), Noise(), resumed, init_plugins=other)
     distill(make_model(), Noise(), resumed, init_plugins=first)
-
-
-def test_machines_that_do_not_share_a_folder_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("tocom_hf.distillation.loop.gather_object", lambda found: [*found, 4])
-    with pytest.raises(CheckpointError, match="a folder that all of them see"):
-        distill(make_model(), Noise(), arguments(tmp_path))
 
 
 def test_where_and_how_often_may_change(tmp_path):
@@ -401,7 +389,7 @@ def test_hidden_states_are_distilled():
 
 
 def test_the_grid_is_recorded_and_shows_the_gain():
-    settings = {"max_r": 8, "max_steps": 150, "per_device_train_batch_size": 16, "lora_dropout": 0.0}
+    settings = {"max_r": 8, "max_steps": 60, "per_device_train_batch_size": 16, "lora_dropout": 0.0}
     plugins = distill(make_model().vit, Noise(), arguments(**settings), eval_dataset=Noise())
     grid = plugins.config.training["agreement"]
     assert grid["degrees"] == [0, 2, 4, 6, 8]

@@ -43,7 +43,7 @@ def test_what_is_written_after_a_fall_back_is_kept(tmp_path):
 
 def test_an_interrupted_save_leaves_no_checkpoint(tmp_path, monkeypatch):
     make(1).save(tmp_path, keep=2)
-    monkeypatch.setattr("tocom_hf.distillation.run_state.json.dumps", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(json, "dumps", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make(2).save(tmp_path, keep=2)
     monkeypatch.undo()

@@ -1,5 +1,8 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""Distils a tiny model on a parquet file of images, in one of several processes: `distill_worker.py settings.json`."""
+"""Distils a tiny model on a parquet file of images, in one of several processes.
+
+A launcher runs it as `distill_worker.py settings.json`; the fork server calls `main` with the settings.
+"""
 
 import json
 import os
@@ -36,10 +39,15 @@ class ShardingAccelerator(Accelerator):
 
 
 def main(settings):
+    torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = settings["cache"]
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # which it waits for its threads in every epoch of a stream
     images = load_images(settings["images"], streaming=settings.get("streaming", False))
     dataset = TrainingImages(images, ViTImageProcessorPil(size={"height": 32, "width": 32}))
     kill_at = settings.get("kill_at")
-    if kill_at is not None:
+    # None for all processes
+    kill_rank = settings.get("kill_rank")
+    if kill_at is not None and kill_rank in (None, int(os.environ.get("RANK", "0"))):
         step = torch.optim.AdamW.step
         calls = []
 
@@ -51,14 +59,16 @@ def main(settings):
 
         torch.optim.AdamW.step = die
     accelerator = ShardingAccelerator(cpu=True) if settings.get("shard") else Accelerator(cpu=True)
-    plugins = distill(make_model(), dataset, DistillationArguments(**settings["arguments"]), accelerator)
+    arguments = dict(settings["arguments"])
+    if "output_dir" in arguments:
+        # a folder for each process, where a test names one
+        arguments["output_dir"] = arguments["output_dir"].format(rank=os.environ.get("RANK", "0"))
+    plugins = distill(make_model(), dataset, DistillationArguments(**arguments), accelerator)
     if accelerator.is_main_process:
         plugins.save_pretrained(settings["plugins"])
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # which it waits for its threads in every epoch of a stream
     with open(sys.argv[1]) as file:
         main(json.load(file))

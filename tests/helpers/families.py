@@ -32,9 +32,11 @@ class Family:
     def __str__(self):
         return self.model_class.__name__
 
-    def make(self, seed=0):
+    def make(self, seed=0, layers=4):
         torch.manual_seed(seed)
-        model = self.model_class(self.config())
+        config = self.config()
+        getattr(config, "vision_config", config).num_hidden_layers = layers
+        model = self.model_class(config)
         # transformers starts some parameters at zero or one, where mistakes would not show
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 or any(part in name for part in ("bias", "token", "class_embedding", "lambda")):

@@ -5,10 +5,12 @@ from helpers import hub_listener  # isort: skip  # before anything imports huggi
 
 import re
 import tempfile
+import time
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from helpers import hub_server
 from helpers.hub_faults import FAULTS, Situation
@@ -25,10 +27,10 @@ def run(row, hub: hub_server.Hub) -> str:
     hub.reset()
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as monkeypatch:
         folder = Path(name)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache"))
-        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(folder / "token"))
-        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
         outcome = row.run(Situation(hub, make_plugins(make_model()), make_model(), folder, monkeypatch))
         if not outcome.model_unchanged:
             raise AssertionError(f"{row.name}: the model has changed")

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import constants, file_download
 
 from helpers import hub_server
 from helpers.hub_server import Fault
 from tocom_hf import PluginSet, TocomModel
+from tocom_hf.plugins import adapters
 
 
 @dataclass
@@ -155,18 +157,18 @@ def _lose_a_file(situation: Situation) -> None:
 
 
 def _go_offline(situation: Situation) -> None:
-    situation.monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    situation.monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 def _disconnect(situation: Situation) -> None:
     closed = "http://127.0.0.1:9"
-    situation.monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", closed)
-    template = "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE"
-    situation.monkeypatch.setattr(template, closed + "/{repo_id}/resolve/{revision}/{filename}")
+    situation.monkeypatch.setattr(constants, "ENDPOINT", closed)
+    template = closed + "/{repo_id}/resolve/{revision}/{filename}"
+    situation.monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def _be_impatient(situation: Situation) -> None:
-    situation.monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.15)
+    situation.monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.15)
 
 
 def _slow_once(situation: Situation) -> None:
@@ -188,11 +190,11 @@ def _fill_the_cache_disk(situation: Situation) -> None:
         file.write(b"half")
         _full()
 
-    situation.monkeypatch.setattr("huggingface_hub.file_download.http_get", write_half)
+    situation.monkeypatch.setattr(file_download, "http_get", write_half)
 
 
 def _fill_the_disk(situation: Situation) -> None:
-    situation.monkeypatch.setattr("tocom_hf.plugins.adapters.save_file", _full)
+    situation.monkeypatch.setattr(adapters, "save_file", _full)
 
 
 def _fail_a_rename(situation: Situation) -> None:
@@ -203,20 +205,15 @@ def _fail_a_rename(situation: Situation) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         replace(source, destination)
 
-    situation.monkeypatch.setattr("tocom_hf.storage.transaction.os.replace", fail)
+    situation.monkeypatch.setattr(os, "replace", fail)
 
 
 def _overtake(situation: Situation) -> None:
-    preupload = hub_server._Handler.preupload
-
-    def overtaken(handler, hub, query, **groups):
-        repo = hub.repos["user/set"]
-        repo.commits["f" * 40] = hub.files("user/set")
+    def commit_the_same(repo: hub_server.Repo) -> None:
+        repo.commits["f" * 40] = situation.hub.files("user/set")
         repo.branches["main"] = "f" * 40
-        return preupload(handler, hub, query, **groups)
 
-    routes = [(m, p, overtaken if r is preupload else r) for m, p, r in hub_server._ROUTES]
-    situation.monkeypatch.setattr(hub_server, "_ROUTES", routes)
+    situation.hub.before_upload = commit_the_same
 
 
 _FIRST = "cache: P_2_3 (adapter_config.json only), tocom_config.json"

@@ -11,9 +11,11 @@ import json
 import re
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from time import sleep
+from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -59,14 +61,24 @@ class Repo:
         return revision if revision in self.commits else self.branches.get(revision)
 
 
+class Answer(NamedTuple):
+    """What was answered: the size of a whole body, of which a fault may have dropped a part."""
+
+    method: str
+    path: str
+    size: int
+    status: int
+
+
 class Hub:
-    """The server's state. `token` writes, `reader` only reads; both belong to `user`."""
+    """The server's state. `token` writes, `reader` only reads; both belong to `user`.
+
+    Attributes:
+        before_upload: Called with the repository when a client has begun an upload, before it commits.
+    """
 
     def __init__(self, listener: socket.socket | None = None):
-        self.repos: dict[str, Repo] = {}
-        self.lfs: dict[str, bytes] = {}
-        self.faults: list[Fault] = []
-        self.requests: list[str] = []
+        self.reset()
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler, bind_and_activate=listener is None)
         if listener is not None:
@@ -82,7 +94,12 @@ class Hub:
         self.server.shutdown()
 
     def reset(self) -> None:
-        self.repos, self.lfs, self.faults, self.requests = {}, {}, [], []
+        self.repos: dict[str, Repo] = {}
+        self.lfs: dict[str, bytes] = {}
+        self.faults: list[Fault] = []
+        self.requests: list[str] = []
+        self.answers: list[Answer] = []
+        self.before_upload: Callable[[Repo], object] | None = None
 
     def publish(self, repo_id: str, folder, private: bool = False) -> str:
         """Put a folder there without the protocol."""
@@ -161,6 +178,9 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[: len(body) // 2]
         if damage == "slow":
             sleep(0.6)
+        with self.server.hub.lock:  # type: ignore[attr-defined]
+            answer = Answer(self.command, urlsplit(self.path).path, len(body), status)
+            self.server.hub.answers.append(answer)  # type: ignore[attr-defined]
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -225,6 +245,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def preupload(self, hub: Hub, query: dict, repo_id: str, revision: str) -> tuple:
         repo = self.repo(hub, repo_id, write=True)
+        if hub.before_upload is not None:
+            hub.before_upload(repo)
         files, answer = repo.commits[self.commit_of(repo, revision)], []
         for entry in json.loads(self.body)["files"]:
             path = entry["path"]

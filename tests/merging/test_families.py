@@ -24,6 +24,7 @@ from transformers import (
     ViTImageProcessorPil,
     ViTModel,
     pipeline,
+    trainer,
 )
 from transformers.utils import logging
 
@@ -154,12 +155,12 @@ def test_trainer_pushes_the_model_with_its_plugins(checkpoint, plugins, tmp_path
         def upload_folder(self, repo_id, folder_path, **arguments):
             uploaded[repo_id] = {str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*")}
 
-    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    monkeypatch.setattr(trainer, "hf_api", Hub)
     model = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=3)
-    trainer = make_trainer(model, tmp_path / "run", hub_model_id="user/tuned", hub_token="secret")
-    trainer.train()
-    trainer.create_model_card = lambda **arguments: None  # asks the Hub about the base model
-    trainer.push_to_hub()
+    tuner = make_trainer(model, tmp_path / "run", hub_model_id="user/tuned", hub_token="secret")
+    tuner.train()
+    tuner.create_model_card = lambda **arguments: None  # asks the Hub about the base model
+    tuner.push_to_hub()
     assert {"config.json", "model.safetensors", "tocom_plugins/tocom_config.json"} < uploaded["user/tuned"]
 
 

@@ -62,7 +62,8 @@ def test_remove_restores_the_model(model_class, pixel_values):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_class_tokens_only_gives_the_same_logits(model_class, r, attention, pixel_values):
     model, trimmed = make_model(model_class), make_model(model_class)
-    trimmed.config._attn_implementation = model.config._attn_implementation = attention
+    for either in (model, trimmed):
+        either.set_attn_implementation(attention)
     apply_tome(model, r)
     apply_tome(trimmed, r, class_tokens_only=True)
     with torch.no_grad():

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from helpers.pictures import assert_drawn
 
 from tocom_hf.devices import float64_device
 from tocom_hf.distillation.agreement import agreement_sums
@@ -57,6 +58,7 @@ def test_a_grid_may_have_one_teacher(tmp_path):
     assert (row.plain, row.tocom) == (whole.plain[1:2], whole.tocom[1:2])
     assert len(str(row).splitlines()) == 2
     row.plot().savefig(tmp_path / "agreement.png")
+    assert_drawn(tmp_path / "agreement.png", 600, 200)
 
 
 def test_grids_recorded_before_rows_had_a_name_are_square():
@@ -102,6 +104,17 @@ def test_the_heat_map_has_three_panels(tmp_path):
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles == ["token merging alone", "with ToCom", "difference"]
     figure.savefig(tmp_path / "agreement.png")
+    assert_drawn(tmp_path / "agreement.png", 600, 200)
+    panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+    cells = grid()
+    for title, name in (("token merging alone", "plain"), ("with ToCom", "tocom")):
+        written = [text.get_text() for text in panels[title].texts]
+        assert written == [f"{100 * value:.1f}" for row in cells[name] for value in row]
+    changes = [
+        100 * (b - a) for pair in zip(cells["plain"], cells["tocom"], strict=True) for a, b in zip(*pair, strict=True)
+    ]
+    written = [float(text.get_text()) for text in panels["difference"].texts]
+    assert written == pytest.approx(changes.flatten(), abs=0.06)
 
 
 def test_sums_are_exact_where_the_device_can():

@@ -241,15 +241,11 @@ def test_scales_are_fitted_to_each_checkpoint_on_the_images_that_scales_are_pick
     monkeypatch.setattr(run, "run", fit)
     for _ in range(2):  # the second time it is there
         run.scale({"scale_fitting": {"max_steps": 5}}, tmp_path, "scaled-linear-digits", 4, 1)
-    assert calls == [
-        {
-            "script": "fit_scales.py",
-            "model_name_or_path": tmp_path / "checkpoints" / "linear-digits" / "r4-seed1",
-            "plugins": tmp_path / "plugins",
-            "dataset_name": tmp_path / "data" / "digits" / "validation.parquet",
-            "max_steps": 5,
-        }
-    ]
+    (call,) = calls
+    assert call["model_name_or_path"] == run.checkpoint(tmp_path, "linear-digits", 4, 1)
+    assert call["plugins"] == run.plugins_folder(tmp_path, "linear-digits", 4, 1)
+    assert call["dataset_name"] == tmp_path / "data" / "digits" / "validation.parquet"
+    assert call["max_steps"] == 5
     assert run.plugins_folder(tmp_path, "scaled-digits", 4, 0) == tmp_path / "scaled" / "digits" / "r4-seed0"
     assert run.group_name("scaled-digits") == "fine-tuned, fitted scales"
 

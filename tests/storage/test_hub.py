@@ -2,10 +2,9 @@
 """Push and pull through the real huggingface_hub client and HTTP, against the server in hub_server.py."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from helpers.hub_faults import FAULTS, Situation
 from helpers.hub_listener import HUB_LISTENER
 from helpers.models import make_model, make_plugins
 from helpers.paths import ROOT
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import ModelCard, constants, snapshot_download
 from transformers import AutoModelForImageClassification
 
 from tocom_hf import HubError, PluginFileError, PluginSet, TocomModel
@@ -33,10 +32,10 @@ def server():
 def hub(server, monkeypatch, tmp_path):
     """An empty Hub that this process may ask, with an empty cache and without waits between retries."""
     server.reset()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     return server
 
@@ -106,21 +105,14 @@ def test_pushing_a_shorter_set_removes_the_plugins_that_it_lacks(pushed, model):
     assert not [name for name in pushed.files("user/set") if name.startswith(("P_3", "P_4", "P_5"))]
 
 
-def test_an_upload_that_another_overtakes_fails_and_commits_nothing(pushed, plugins, tmp_path, monkeypatch):
+def test_an_upload_that_another_overtakes_fails_and_commits_nothing(pushed, plugins, tmp_path):
     plugins.save_pretrained(tmp_path / "set")
     (tmp_path / "set" / "notes.txt").write_text("mine")
-    batch = hub_server._Handler.preupload
-
-    def overtaken(handler, hub, query, **groups):
-        repo = hub.repos["user/set"]
-        repo.commit({**hub.files("user/set"), "theirs.txt": b""})
-        return batch(handler, hub, query, **groups)
-
-    routes = [(m, p, overtaken if r is batch else r) for m, p, r in hub_server._ROUTES]
-    monkeypatch.setattr(hub_server, "_ROUTES", routes)
+    pushed.before_upload = lambda repo: repo.commit({**pushed.files("user/set"), "theirs.txt": b""})
     with pytest.raises(HubError, match="somebody else changed 'user/set' meanwhile") as caught:
         upload_folder(tmp_path / "set", "user/set", token="token")
     assert caught.value.status_code == 412
+    assert "theirs.txt" in pushed.files("user/set")
     assert "notes.txt" not in pushed.files("user/set")
 
 
@@ -128,7 +120,7 @@ def test_offline_everything_comes_from_the_cache(pushed, plugins, monkeypatch):
     PluginSet.from_pretrained("user/set").compose(1, 4)
     pushed.requests.clear()
     PluginSet.from_pretrained("user/set", local_files_only=True).compose(1, 4)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     cached = PluginSet.from_pretrained("user/set")
     cached.compose(1, 4)
     assert pushed.requests == []
@@ -143,7 +135,7 @@ def test_a_pushed_model_comes_back_alone(hub, model, plugins, pixel_values):
     again = TocomModel.from_pretrained("user/model")
     assert (again.source_r, again.target_r) == (1, 5)
     assert torch.equal(logits(again, pixel_values), logits(composed, pixel_values))
-    assert again.config._name_or_path == "user/model"
+    assert again.name_or_path == "user/model"
     again.set_target_r(0)
     composed.set_target_r(0)
     assert torch.equal(logits(again, pixel_values), logits(composed, pixel_values))
@@ -198,7 +190,6 @@ def test_the_code_of_a_pushed_card_runs(hub):
 def test_the_example_pushes_a_set_and_a_checkpoint(hub, plugins, model, tmp_path, monkeypatch, capsys):
     plugins.save_pretrained(tmp_path / "set")
     TocomModel.from_pretrained(model, plugins=plugins, source_r=0, target_r=3).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: "token", raising=False)
     monkeypatch.setenv("HF_TOKEN", "token")
     for folder in ("set", "model"):
         arguments = ["push_to_hub.py", str(tmp_path / folder), f"user/{folder}", "--private"]
@@ -209,24 +200,13 @@ def test_the_example_pushes_a_set_and_a_checkpoint(hub, plugins, model, tmp_path
 
 
 def test_a_dropped_download_is_resumed_where_it_broke(pushed, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 500)  # what is less than a chunk is lost
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)  # what is less than a chunk is lost
     pushed.faults = [hub_server.Fault("/storage/", "GET", damage="drop", times=1)]
-    sent = []
-    ranged = hub_server._Handler.ranged
-
-    def recorded(handler, content, headers):
-        answer = ranged(handler, content, headers)
-        sent.append((handler.command, len(answer[0]), answer[2]))
-        return answer
-
-    hub_server._Handler.ranged = recorded
-    try:
-        PluginSet.from_pretrained("user/set").compose(2, 3)
-    finally:
-        hub_server._Handler.ranged = ranged
-    large = [(size, status) for command, size, status in sent if command == "GET"][-2:]
-    assert large[0][1] == 200
-    assert large[1] == (large[0][0] - large[0][0] // 2, 206)
+    PluginSet.from_pretrained("user/set").compose(2, 3)
+    broken, rest = [answer for answer in pushed.answers if "/storage/" in answer.path and answer.method == "GET"]
+    assert broken.status == 200
+    # half of it arrived before the connection broke
+    assert (rest.size, rest.status) == (broken.size - broken.size // 2, 206)
 
 
 def test_what_has_arrived_is_not_fetched_again(pushed):
@@ -250,48 +230,14 @@ def test_faults(fault, hub, plugins, tmp_path, monkeypatch):
     assert outcome.model_unchanged
 
 
-# the logits, and the weights bit by bit: where they lie in memory may move the last bit of a logit
-PUSH = """
-import hashlib, sys
-sys.path.insert(0, "tests")
-import torch
-from helpers.models import make_model, make_plugins
-from tocom_hf import TocomModel
-plugins = make_plugins(make_model(), max_r=16)
-plugins.push_to_hub("user/tocom-tiny", token="token")
-model = TocomModel.from_pretrained(make_model(), plugins=plugins, source_r=4, target_r=16)
-model.push_to_hub("user/vit-tiny", token="token")
-pixel_values = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(7))
-with torch.no_grad():
-    print([f"{logit:.5f}" for logit in model(pixel_values=pixel_values).logits[0]])
-print(hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in model.state_dict().values())).hexdigest())
-"""
-PULL = """
-import hashlib
-import torch
-from tocom_hf import TocomModel
-model = TocomModel.from_pretrained("user/vit-tiny", plugins="user/tocom-tiny", source_r=4, target_r=16)
-pixel_values = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(7))
-with torch.no_grad():
-    print([f"{logit:.5f}" for logit in model(pixel_values=pixel_values).logits[0]])
-print(hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in model.state_dict().values())).hexdigest())
-"""
-
-
-def test_one_process_pushes_and_another_loads_the_same_logits(hub, tmp_path):
+def test_one_process_pushes_and_another_loads_the_same_logits(hub, fork_server, tmp_path):
+    """They share nothing but the Hub: each has an empty cache of its own."""
     printed = []
-    for name, code in (("pusher", PUSH), ("loader", PULL)):
-        environment = {
-            **os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / name),
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1",
-        }  # fmt: skip
-        done = subprocess.run(
-            # huggingface_hub first, before the tests' conftest gives it another Hub
-            [sys.executable, "-c", "import huggingface_hub.constants\n" + code],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        printed.append(done.stdout)
-        print(f"{name}: {done.stdout}", end="")
+    for name in ("push", "pull"):
+        (done,) = fork_server.run(f"helpers.hub_process:{name}", str(tmp_path / name), tmp_path)
+        assert done.code == 0, done.output
+        lines = done.output.splitlines()
+        printed.append([line for line in lines if line.startswith(("logits ", "weights "))])
+    assert len(printed[0]) == 2
     assert printed[0] == printed[1]
-    assert printed[0].startswith("['")
+    assert len(set(printed[0][0].split())) == 6  # "logits" and five numbers, none of them the same

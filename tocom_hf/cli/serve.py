@@ -58,7 +58,7 @@ def load_classifier(args: argparse.Namespace) -> Any:
         raise ArgumentError("The model has no plugins, so it runs at one degree only. Pass --plugins.")
     degrees = args.degrees or list(range(model.plugins.config.min_r, model.plugins.config.max_r + 1))
     for degree in degrees:  # before a request asks for one that there is not
-        model.plugins.compose(model.source_r, degree)
+        model.plugins.require(model.source_r, degree)
     return model.to(device), degrees  # type: ignore[arg-type]
 
 
