@@ -109,7 +109,7 @@ def test_the_heat_map_has_three_panels(tmp_path):
     cells = grid()
     for title, name in (("token merging alone", "plain"), ("with ToCom", "tocom")):
         written = [text.get_text() for text in panels[title].texts]
-        assert written == [f"{100 * value:.1f}" for row in cells[name] for value in row]
+        assert written == [f"{100 * value:.1f}" for row in getattr(cells, name) for value in row]
     changes = [
         100 * (b - a) for pair in zip(cells["plain"], cells["tocom"], strict=True) for a, b in zip(*pair, strict=True)
     ]
