@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow fuzz faults check audit format clean
+.PHONY: quickstart test test-slow fuzz faults docs check audit format clean
 
 quickstart: $(SETUP)  ## the main job on the embedded default, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
@@ -18,10 +18,14 @@ test-slow: $(SETUP)  ## the tests that take minutes
 fuzz: $(SETUP)  ## hostile files and the algebra of plugins, over thousands of drawn cases
 	FUZZ_EXAMPLES=2500 $(BIN)/python -m pytest --hypothesis-show-statistics tests/storage/test_hostile_files.py tests/plugins/test_properties.py
 
-faults: $(SETUP)  ## inject every fault anew, and write the table in SECURITY.md
+faults: $(SETUP)  ## inject every fault anew, and write the table in docs/faults.md
 	PYTHONPATH=tests $(BIN)/python -m helpers.fault_table
 
-check: $(SETUP) audit  ## lint, format, types and known vulnerabilities
+docs: $(SETUP)  ## fill in the tables from the result files, and build the site into site/, offline
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+check: $(SETUP) audit docs  ## lint, format, types, known vulnerabilities, and the site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -37,7 +41,7 @@ format: $(SETUP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info
 
 # constraints.txt pins every version, so that a CPU build of torch on the machine is taken where there is one
 $(SETUP): pyproject.toml constraints.txt
