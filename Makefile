@@ -23,7 +23,7 @@ faults: $(SETUP)  ## inject every fault anew, and write the table in docs/faults
 
 docs: $(SETUP)  ## fill in the tables from the result files, and build the site into site/, offline
 	$(BIN)/python docs/generate.py
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 check: $(SETUP) audit docs  ## lint, format, types, known vulnerabilities, and the site
 	$(BIN)/ruff check .

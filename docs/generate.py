@@ -343,6 +343,35 @@ def nothing_to_win() -> str:
     return table(header, rows)
 
 
+def few_images() -> str:
+    """DINOv2-small on 800 digits: where five tokens are left, training at 0 or there."""
+    folder = RESULTS / "study_b"
+    shared = _cell(json.loads((folder / "digits" / "grid.json").read_text(encoding="utf-8")), 0, 5)
+    fitted = _cell(json.loads((folder / "fitted-digits" / "grid.json").read_text(encoding="utf-8")), 0, 5)
+    rows = []
+    for title, cell in (("one set for all", shared), ("fitted to the checkpoint", fitted)):
+        tocom = cell["compensated"]["unlabelled"]
+        plain = f"{100 * cell['plain']:.1f} ± {100 * cell['plain_se']:.1f}"
+        gain = f"{100 * tocom['accuracy']:.1f} ({100 * tocom['gain']:+.1f} ± {100 * tocom['gain_se']:.1f})"
+        rows.append(["0", title, cell["checkpoints"], plain, gain])
+    trained = f"{100 * shared['trained']:.1f} ± {100 * shared['trained_se']:.1f}"
+    rows.append(["5", "none needed", shared["checkpoints"], trained, ""])
+    return table(
+        ["trained at r", "plugins", "checkpoints", "merging alone, %", "with ToCom, % (over merging alone)"], rows
+    )
+
+
+def tasks() -> str:
+    """The data sets of the paper by name."""
+    from tocom_hf.data.tasks import TASKS
+
+    rows = []
+    for name, task in TASKS.items():
+        images = "800 images" if task.few_shot else "all"
+        rows.append([f"`{name}`", task.kind, task.num_classes, images, f"`{task.hub_name}`"])
+    return table(["name", "kind", "classes", "training images", "on the Hub"], rows)
+
+
 def embedded_checkpoint() -> str:
     """Accuracy of the checkpoint of digits that the repository carries, at five degrees."""
     config = json.loads((ROOT / "hub_cards" / "tocom-vit-mix" / "tocom_config.json").read_text(encoding="utf-8"))
@@ -513,6 +542,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "moved-far": lambda: shares([row for row in ALL_A if row.models == LINEAR]),
     "learning-rate-harm": lambda: shares(HIGH_RATE, measure="won back"),
     "nothing-to-win": nothing_to_win,
+    "few-images": few_images,
+    "tasks": tasks,
     "study-a-mix": lambda: shares(ALL_MIX),
     "study-a-mix-paper": lambda: shares(ALL_MIX, "paper"),
     "study-a-mix-short": lambda: shares(_rows(ALL_MIX, QUERY_AND_VALUE, ONE_SET, FITTED_SCALES, ADAPTED, FITTED)),
