@@ -257,6 +257,10 @@ def _rows(rows: Sequence[Row], *plugins: str) -> list[Row]:
     return [row for row in rows if row.plugins in plugins and row.models in (HEADS, TUNED)]
 
 
+def _short_b() -> list[Row]:
+    return [row for row in ALL_B if row.plugins in (ONE_SET, "fitted to each, from r = 0 only")]
+
+
 def main_results() -> str:
     """Both directions on the main study, with standard errors over the test images."""
     rows = []
@@ -547,8 +551,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "study-a-mix": lambda: shares(ALL_MIX),
     "study-a-mix-paper": lambda: shares(ALL_MIX, "paper"),
     "study-a-mix-short": lambda: shares(_rows(ALL_MIX, QUERY_AND_VALUE, ONE_SET, FITTED_SCALES, ADAPTED, FITTED)),
+    "study-a-short": lambda: shares([row for row in ALL_A if row.plugins in (ONE_SET, "fitted to each")]),
     "study-a": lambda: shares(ALL_A),
     "study-a-paper": lambda: shares(ALL_A, "paper"),
+    "study-b-short": lambda: shares(_short_b(), measure="won back"),
     "study-b": lambda: shares(ALL_B, measure="won back"),
     "speed": speed,
     "memory": memory,

@@ -358,7 +358,7 @@ def test_the_lora_recipe(tmp_path):
 # what the notebook does at length, and what is enough to see that it runs
 SHORTER = {
     "batch_size=64, seconds=2": "batch_size=8, seconds=0",
-    "images.select(range(400))": "images.select(range(20))",
+    "images.select(range(400))": "images.select(range(8))",
 }
 
 
