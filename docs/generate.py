@@ -8,6 +8,7 @@ On a page a table stands between `<!-- generated: NAME -->` and `<!-- end -->`. 
 """
 
 import argparse
+import ast
 import json
 import math
 import re
@@ -27,9 +28,10 @@ KINDS = ("natural", "digits", "orientation")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown."""
+    """A table in Markdown. A figure does not break in front of its error or its unit."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    text = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return text.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
 
 
 def read_table(path: Path, first_column: str) -> list[dict[str, str]]:
@@ -463,6 +465,39 @@ def service() -> str:
     return table(names, [[row[name] for name in names] for row in rows])
 
 
+# -- the packages -------------------------------------------------------------------------------------------------
+
+
+def packages() -> str:
+    """The packages of tocom_hf, each below those that it imports from."""
+    imports = {path.parent.name: _imports(path.parent) for path in (ROOT / "tocom_hf").glob("*/__init__.py")}
+    imports = {name: found & imports.keys() - {name} for name, found in imports.items()}
+    rows, left = [], dict(imports)
+    while left:
+        ready = sorted(name for name, found in left.items() if not found & left.keys())
+        if not ready:
+            raise ValueError(f"These packages import each other: {', '.join(sorted(left))}.")
+        for name in ready:
+            code = (ROOT / "tocom_hf" / name / "__init__.py").read_text(encoding="utf-8")
+            purpose = (ast.get_docstring(ast.parse(code)) or "").split("\n\n")[0].replace("\n", " ")
+            rows.append([f"`{name}`", purpose, ", ".join(f"`{other}`" for other in sorted(left.pop(name))) or "none"])
+    return table(["package", "what it holds", "imports from"], rows)
+
+
+def _imports(folder: Path) -> set[str]:
+    """The packages that the modules in a folder import from."""
+    import tocom_hf
+
+    found = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "tocom_hf":
+                found |= {tocom_hf._MODULES.get(alias.name, "errors").split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tocom_hf."):
+                found.add(str(node.module).split(".")[1])
+    return found
+
+
 # -- the API ------------------------------------------------------------------------------------------------------
 
 
@@ -559,6 +594,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "memory": memory,
     "service": service,
+    "packages": packages,
     "api-index": api_index,
 }
 
