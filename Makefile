@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
+# the variable keeps the theme from writing an announcement over every build
+BUILD_SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-.PHONY: quickstart test test-slow fuzz faults check audit format clean
+.PHONY: quickstart test test-slow fuzz faults docs check audit format clean
 
 quickstart: $(SETUP)  ## the main job on the embedded default, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
@@ -18,10 +20,16 @@ test-slow: $(SETUP)  ## the tests that take minutes
 fuzz: $(SETUP)  ## hostile files and the algebra of plugins, over thousands of drawn cases
 	FUZZ_EXAMPLES=2500 $(BIN)/python -m pytest --hypothesis-show-statistics tests/storage/test_hostile_files.py tests/plugins/test_properties.py
 
-faults: $(SETUP)  ## inject every fault anew, and write the table in SECURITY.md
+faults: $(SETUP)  ## inject every fault anew, and write the table in docs/faults.md
 	PYTHONPATH=tests $(BIN)/python -m helpers.fault_table
 
-check: $(SETUP) audit  ## lint, format, types, directions of imports and known vulnerabilities
+docs: $(SETUP)  ## fill in the tables from the result files, and build the site into site/, offline
+	$(BIN)/python docs/generate.py
+	$(BUILD_SITE)
+
+check: $(SETUP) audit  ## lint, format, types, directions of imports, known vulnerabilities, and the site
+	$(BIN)/python docs/generate.py --check
+	$(BUILD_SITE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -38,7 +46,7 @@ format: $(SETUP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info
 
 # constraints.txt pins every version, so that a CPU build of torch on the machine is taken where there is one
 $(SETUP): pyproject.toml constraints.txt

@@ -1,5 +1,5 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""Inject every fault of hub_faults.py, and write what happened into the table in SECURITY.md: `make faults`."""
+"""Inject every fault of hub_faults.py, and write what happened into the table in docs/faults.md: `make faults`."""
 
 from helpers import hub_listener  # isort: skip  # before anything imports huggingface_hub
 
@@ -49,7 +49,7 @@ def main() -> None:
     hub = hub_server.Hub(hub_listener.HUB_LISTENER)
     lines = ["| while | fault | what the user sees | what is left |", "|---|---|---|---|"]
     lines += [run(row, hub) for row in FAULTS]
-    path = ROOT / "SECURITY.md"
+    path = ROOT / "docs" / "faults.md"
     text = path.read_text(encoding="utf-8")
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     path.write_text(before + "\n" + "\n".join(lines) + "\n\n" + after, encoding="utf-8")

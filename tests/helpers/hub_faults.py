@@ -1,7 +1,7 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """What can go wrong between this package, the disk and the Hub: each fault, what the user sees, what is left.
 
-`test_hub.py` checks every row; `make faults` prints them for SECURITY.md.
+`test_hub.py` checks every row; `make faults` prints them for docs/faults.md.
 """
 
 import errno
