@@ -54,11 +54,7 @@ class Cases:
 
     def installed_extras(self):
         """The packages of the extras that can be imported nevertheless."""
-        found = []
-        for package in EXTRAS:
-            if importlib.util.find_spec(package) is not None:
-                found.append(package)
-        return found
+        return [package for package in EXTRAS if importlib.util.find_spec(package) is not None]
 
     def load_plugins(self):
         from tocom_hf import PluginSet

@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 # what each case of bare_install.py returns where no extra is installed
 WORKS = {
-    "load_plugins": "PluginSet(base_model='examples/fashion_mnist/backbone', source_r=any, r=0..8, rank=2, scale=0.1)",
+    "load_plugins": "PluginSet(base_model='vit-mix', r=0..8, rank=8, scale=0.1)",
     "run_model": [2, 10, False],
     "merge_tokens": [False, True],
     "count_flops": True,
