@@ -5,14 +5,20 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 # the variable keeps the theme from writing an announcement over every build
 BUILD_SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+VENV_LOWEST ?= .venv-lowest
+SETUP_LOWEST := $(VENV_LOWEST)/.installed
 
-.PHONY: quickstart test test-slow fuzz faults docs check audit format clean
+.PHONY: quickstart test test-lowest test-slow fuzz faults docs check audit format clean
 
 quickstart: $(SETUP)  ## the main job on the embedded default, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
 
-test: $(SETUP)  ## all tests but the slow ones
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+test: $(SETUP)  ## all tests but the slow ones, and the share of the package's lines that they run
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" --cov --cov-report=
+	@echo "coverage: $$($(BIN)/python -m coverage report --format=total) % of the lines of tocom_hf"
+
+test-lowest: $(SETUP_LOWEST)  ## the fast tests with the lowest versions that pyproject.toml admits
+	$(VENV_LOWEST)/bin/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-slow: $(SETUP)  ## the tests that take minutes
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
@@ -46,7 +52,7 @@ format: $(SETUP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build site *.egg-info
+	rm -rf $(VENV) $(VENV_LOWEST) build site *.egg-info
 
 # constraints.txt pins every version, so that a CPU build of torch on the machine is taken where there is one
 $(SETUP): pyproject.toml constraints.txt
@@ -54,3 +60,9 @@ $(SETUP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(SETUP)
+
+# what the lowest versions need in turn is chosen by pip
+$(SETUP_LOWEST): pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(VENV_LOWEST)
+	$(VENV_LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt --editable '.[test]'
+	touch $(SETUP_LOWEST)
