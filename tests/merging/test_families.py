@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers.trainer as trainer_module
 from helpers.families import FAMILIES
 from helpers.models import make_model, make_plugins, schedule_of
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,7 +25,6 @@ from transformers import (
     ViTImageProcessorPil,
     ViTModel,
     pipeline,
-    trainer,
 )
 from transformers.utils import logging
 
@@ -155,12 +155,12 @@ def test_trainer_pushes_the_model_with_its_plugins(checkpoint, plugins, tmp_path
         def upload_folder(self, repo_id, folder_path, **arguments):
             uploaded[repo_id] = {str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*")}
 
-    monkeypatch.setattr(trainer, "hf_api", Hub)
+    monkeypatch.setattr(trainer_module, "hf_api", Hub)
     model = TocomModel.from_pretrained(checkpoint, plugins=plugins, source_r=3)
-    tuner = make_trainer(model, tmp_path / "run", hub_model_id="user/tuned", hub_token="secret")
-    tuner.train()
-    tuner.create_model_card = lambda **arguments: None  # asks the Hub about the base model
-    tuner.push_to_hub()
+    trainer = make_trainer(model, tmp_path / "run", hub_model_id="user/tuned", hub_token="secret")
+    trainer.train()
+    trainer.create_model_card = lambda **arguments: None  # asks the Hub about the base model
+    trainer.push_to_hub()
     assert {"config.json", "model.safetensors", "tocom_plugins/tocom_config.json"} < uploaded["user/tuned"]
 
 
