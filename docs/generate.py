@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from transformers import AutoModelForImageClassification
+
+from tocom_hf import count_flops
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -392,6 +395,34 @@ def embedded_checkpoint() -> str:
     )
 
 
+def readme_results() -> str:
+    """What the plugin set gives the checkpoint of digits, beside what a degree costs."""
+    model = AutoModelForImageClassification.from_pretrained(ROOT / "examples" / "digits" / "checkpoint")
+    config = json.loads((ROOT / "hub_cards" / "tocom-vit-mix" / "tocom_config.json").read_text(encoding="utf-8"))
+    rows = []
+    for entry in config["evaluation"]:
+        if entry["dataset"] != "digits" or entry["source_r"] != 0:
+            continue
+        error = 100 * entry["standard_error"]
+        rows.append(
+            [
+                entry["target_r"],
+                f"{count_flops(model, entry['target_r']) / 1e9:.3f}",
+                f"{100 * entry['plain']:.1f}",
+                f"{100 * entry['tocom']:.1f}",
+                f"{error:.1f}",
+            ]
+        )
+    header = [
+        "target r",
+        "GFLOPs an image",
+        "accuracy of merging alone, %",
+        "with plugins, %",
+        "standard error of merging alone",
+    ]
+    return table(header, rows)
+
+
 def learning_rates() -> str:
     """The learning rates of the distillations of the studies."""
     rows = []
@@ -572,6 +603,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "refused-models": refused_models,
     "main-results": main_results,
     "embedded-checkpoint": embedded_checkpoint,
+    "readme-results": readme_results,
     "learning-rates": learning_rates,
     "where-plugins-apply": lambda: shares(_rows(ALL_MIX, QUERY_AND_VALUE, ONE_SET)),
     "scales": lambda: shares(_rows(ALL_MIX, ONE_SET, FITTED_SCALES)),
@@ -600,7 +632,12 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def pages() -> list[Path]:
     """The pages that may hold generated tables."""
-    found = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md"), *STUDIES.glob("*.md")]
+    found = [
+        ROOT / "README.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "benchmarks").glob("*.md"),
+        *STUDIES.glob("*.md"),
+    ]
     return sorted(path for path in found if path.is_file())
 
 

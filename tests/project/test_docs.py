@@ -145,7 +145,7 @@ def test_every_page_is_in_the_navigation():
     assert sorted(found) == sorted(page.relative_to(DOCS).as_posix() for page in SITE_PAGES)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md" or page.parent != ROOT], ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_figures_of_several_tasks_have_names(page):
     """Shares of three tasks stand in named columns, or each beside the name of its task."""
     assert re.findall(r"-?[0-9.]+ / -?[0-9.]+ / -?[0-9.]+", without_code(read(page))) == []

@@ -1,11 +1,19 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""The README is short, its code runs as it stands, and prints what it says."""
+
 import re
 
 import pytest
 from helpers.paths import ROOT
 
+from tocom_hf import TocomModel
+from tocom_hf.cli.main import COMMANDS
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+OUTPUT = re.search(r"```text\n(.*?)```", TEXT, flags=re.DOTALL)[1]
+RESULTS = re.search(r"<!-- generated: readme-results -->(.*?)<!-- end -->", TEXT, flags=re.DOTALL)[1]
 
 
 @pytest.fixture
@@ -17,13 +25,38 @@ def clone(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("index", range(5))
-def test_the_first_code_blocks_run_as_they_stand(clone, index):
-    exec(compile(BLOCKS[index], f"README.md block {index}", "exec"), {})
-
-
-def test_the_first_block_saves_a_model_that_loads(clone):
+def run(index):
     namespace = {}
-    exec(compile(BLOCKS[0], "README.md block 0", "exec"), namespace)
-    assert (clone / "my-model" / "tocom_plugins" / "tocom_config.json").exists()
-    assert namespace["model"].target_r == 4
+    exec(compile(BLOCKS[index], f"README.md block {index}", "exec"), namespace)
+    return namespace
+
+
+def test_the_quickstart_prints_what_it_says(clone, capsys):
+    namespace = run(0)
+    assert capsys.readouterr().out == OUTPUT
+    assert isinstance(namespace["model"], TocomModel)
+
+
+def test_merging_alone_is_undone(clone):
+    model = run(1)["model"]
+    assert not any("tome" in name for module in model.modules() for name in vars(module))
+
+
+def test_every_block_of_code_is_run():
+    assert len(BLOCKS) == 2
+
+
+def test_it_takes_two_minutes_to_read():
+    words = TEXT.split()
+    assert 1000 <= len(words) <= 1300
+    assert len(re.findall(r"!\[", TEXT)) == 1  # one picture
+
+
+def test_there_is_one_table_of_results_of_at_most_25_numbers():
+    assert TEXT.count("<!-- generated:") == 1
+    assert 0 < len(re.findall(r"\d+(?:\.\d+)?", RESULTS)) <= 25
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_its_place(command):
+    assert f"tocom {command}" in TEXT or command == "calibrate"  # of which the table names the function
