@@ -440,9 +440,9 @@ def test_holding_out_splits():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"seed": -1}, r"seed must be in \[0, 2\*\*32\)"),
-        ({"seed": 2**63}, "seed must be in"),
-        ({"learning_rate": "1e-3"}, "learning_rate must be a number"),
+        ({"seed": -1}, r"seed must be an integer in \[0, 2\*\*32\), got -1"),
+        ({"seed": 2**63}, "seed must be an integer in"),
+        ({"learning_rate": "1e-3"}, "learning_rate must be a positive number"),
         ({"flip": None, "weight_decay": True}, "weight_decay must be a number"),
     ],
 )

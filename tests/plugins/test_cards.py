@@ -65,25 +65,6 @@ def test_the_card_of_the_embedded_set_holds_its_measured_grid():
     assert "standard error is 0.3 percentage points" in card.text
 
 
-def test_the_readme_tells_the_figures_that_the_embedded_set_records():
-    evaluation = PluginSet.from_pretrained(ROOT / "hub_cards" / "tocom-vit-mix").config.evaluation
-    entries = sorted(
-        (entry for entry in evaluation if (entry["dataset"], entry["source_r"]) == ("digits", 0)),
-        key=lambda entry: entry["target_r"],
-    )
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    titles = {
-        "target_r": "target_r",
-        "plain": "token merging alone",
-        "tocom": "with ToCom",
-        "sign_flipped": "sign flipped",
-    }
-    for key, title in titles.items():
-        values = [entry.get(key, entry["plain"]) for entry in entries]
-        texts = [f"{value}" if key == "target_r" else f"{100 * value:.1f}" for value in values]
-        assert f"| {title} | {' | '.join(texts)} |" in readme
-
-
 def test_what_is_not_recorded_is_left_out(plugins):
     card = plugin_set_card(plugins.config, "user/set")
     assert not {"model-index", "base_model", "license", "datasets"} & metadata(card).keys()

@@ -194,7 +194,9 @@ def test_the_example_pushes_a_set_and_a_checkpoint(hub, plugins, model, tmp_path
     for folder in ("set", "model"):
         arguments = ["push_to_hub.py", str(tmp_path / folder), f"user/{folder}", "--private"]
         monkeypatch.setattr(sys, "argv", arguments)
-        runpy.run_path(str(ROOT / "examples" / "push_to_hub.py"), run_name="__main__")
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "examples" / "push_to_hub.py"), run_name="__main__")
+        assert ended.value.code == 0
         assert hub.repos[f"user/{folder}"].private
         assert capsys.readouterr().out.strip().startswith(f"{hub.endpoint}/user/{folder}/commit/")
 

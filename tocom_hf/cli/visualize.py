@@ -45,7 +45,8 @@ def read_images(args: argparse.Namespace) -> "list[Image.Image]":
     """The images to paint over, in RGB."""
     from PIL import Image, ImageOps
 
-    from tocom_hf.data.images import load_images, to_rgb
+    from tocom_hf.data.colour import to_rgb
+    from tocom_hf.data.images import load_images
 
     images = []
     if not args.images:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
+from tocom_hf.data.colour import to_rgb
 from tocom_hf.errors import ArgumentError, DatasetError
 
 
@@ -255,13 +256,6 @@ def _open(encoded: dict[str, Any] | None, column: str) -> Image.Image:
         raise DatasetError(
             f"The image {name} in the column {column!r} cannot be read: {error}. Repair it or take it out of the data."
         ) from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image in RGB, 8 bits each; of 16 bits the upper 8, where `Image.convert` would cut them off at 255."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def _view_size(processor: BaseImageProcessor) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse
 from PIL import Image, ImageOps, UnidentifiedImageError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from tocom_hf.data.images import to_rgb
+from tocom_hf.data.colour import to_rgb
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.serving.batching import Batcher, Metrics, OverloadedError
 from tocom_hf.serving.policy import DegreePolicy
