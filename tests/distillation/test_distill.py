@@ -165,7 +165,7 @@ def test_training_starts_from_a_set(base_plugins):
 
 @pytest.mark.parametrize("source_r", [0, 2, 4])
 def test_a_set_fitted_to_a_checkpoint_serves_it_better(base_plugins, source_r):
-    arguments = DistillationArguments(**{**ARGUMENTS, "num_train_epochs": 8}, source_r=source_r)
+    arguments = DistillationArguments(**{**ARGUMENTS, "num_train_epochs": 15}, source_r=source_r)
     plugins = distill(finetuned(), Noise(), arguments, init_plugins=base_plugins)
     assert plugins.config.source_r == source_r
     images = Noise().images
@@ -173,7 +173,7 @@ def test_a_set_fitted_to_a_checkpoint_serves_it_better(base_plugins, source_r):
         before, after = (
             divergence(finetuned(), tried, images, source_r, target_r, 0.1) for tried in (base_plugins, plugins)
         )
-        assert after < 0.9 * before
+        assert after < 0.8 * before
 
 
 def test_a_set_for_one_degree_of_weights_refuses_others(tmp_path, pixel_values):

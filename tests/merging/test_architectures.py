@@ -164,8 +164,8 @@ def test_an_input_does_not_depend_on_its_batch(family):
 
 def test_compiles_as_one_graph_and_once(family):
     torch.compiler.reset()
-    # one layer without sizes and one with them
-    model, inputs = apply_tome(family.make(layers=2), [6, 5]), family.inputs()
+    # a layer without sizes, one that merges nothing, and one with sizes that does
+    model, inputs = apply_tome(family.make(layers=3), [6, 0, 5]), family.inputs()
     # the eager backend shows graph breaks and recompilations as any other, without waiting for a compiler
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(family.result(compiled, inputs), family.result(model, inputs), rtol=1e-5, atol=1e-5)
