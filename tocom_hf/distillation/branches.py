@@ -57,7 +57,9 @@ class PluginChain(nn.Module):
         target_modules: Iterable[str] | None = None,
     ):
         super().__init__()
-        self.max_r, self.rank, self.scale = max_r, rank, scale
+        self.max_r = max_r
+        self.rank = rank
+        self.scale = scale
         self.layers = nn.ModuleList()
         self.paths: list[list[str]] = []
         for group in _groups(backbone, target_modules):
@@ -89,29 +91,34 @@ class PluginChain(nn.Module):
     @torch.no_grad()
     def start_from(self, adapters: Mapping[int, Adapter]) -> None:
         """Take over plugins: one for each of the chain, by index, of its rank and for its scale."""
-        for i in range(self.max_r):
-            rows = slice(i * self.rank, (i + 1) * self.rank)
+        for index in range(self.max_r):
+            rows = self._rows_of(index)
             for layer, paths in zip(self._layers(), self.paths, strict=True):
                 for part, path in enumerate(paths):
-                    layer.lora_A[part, rows] = adapters[i][path].lora_A.to(layer.lora_A)
-                    layer.lora_B[part, rows] = adapters[i][path].lora_B.t().to(layer.lora_B)
+                    factors = adapters[index][path]
+                    layer.lora_A[part, rows] = factors.lora_A.to(layer.lora_A)  # (rank, in)
+                    layer.lora_B[part, rows] = factors.lora_B.t().to(layer.lora_B)  # (rank, out)
 
     def adapters(self) -> dict[int, dict[str, Factors]]:
         """The plugins by index, as float32 copies on the CPU."""
-        return {
-            i: {
-                path: layer.factors(part, slice(i * self.rank, (i + 1) * self.rank))
-                for layer, paths in zip(self._layers(), self.paths, strict=True)
-                for part, path in enumerate(paths)
-            }
-            for i in range(self.max_r)
-        }
+        adapters: dict[int, dict[str, Factors]] = {}
+        for index in range(self.max_r):
+            adapter = {}
+            for layer, paths in zip(self._layers(), self.paths, strict=True):
+                for part, path in enumerate(paths):
+                    adapter[path] = layer.factors(part, self._rows_of(index))
+            adapters[index] = adapter
+        return adapters
 
     def remove(self, backbone: Backbone) -> None:
         """Put the original projections back."""
         for paths in self.paths:
             for path in paths:
                 backbone.module.set_submodule(path, cast(nn.Module, backbone.module.get_submodule(path).base))
+
+    def _rows_of(self, index: int) -> slice:
+        """The rows of the factors that belong to plugin `P_index_index+1`."""
+        return slice(index * self.rank, (index + 1) * self.rank)
 
     def _layers(self) -> list["LayerBranch"]:
         return cast(list[LayerBranch], list(self.layers))
@@ -134,7 +141,8 @@ class LayerBranch(nn.Module):
     def __init__(self, index: int, base: nn.Linear, parts: int, rows: int, dropout: float):
         super().__init__()
         device = base.weight.device
-        self.index, self.dropout = index, dropout
+        self.index = index
+        self.dropout = dropout
         self.lora_A = nn.Parameter(torch.empty(parts, rows, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(parts, rows, base.out_features, device=device))
         # the bound of kaiming_uniform_ with a = sqrt(5), which is what PEFT starts with
@@ -153,22 +161,30 @@ class LayerBranch(nn.Module):
         """
         if self.active is None:
             return output
-        if self.shared is not None and self.shared[0] is hidden_states and part in self.shared[1]:
-            later = self.shared[1]
-        else:
-            later = dict(enumerate(self._down(hidden_states).chunk(len(self.lora_A), dim=-1)))
-        inner = later[part]
-        later = {other: rows for other, rows in later.items() if other > part}
-        self.shared = (hidden_states, later) if later else None
-        lora_B = self.lora_B[part, self.active.rows].to(inner.dtype)
+        inner = self._down_of(hidden_states, part)  # (batch, tokens, active rows)
+        lora_B = self.lora_B[part, self.active.rows].to(inner.dtype)  # (active rows, out)
         if output.dtype != inner.dtype:
-            return output + inner @ lora_B
-        flat = torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), lora_B)
-        return flat.view(output.shape)
+            return output + inner @ lora_B  # (batch, tokens, out)
+        flat = torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), lora_B)  # (batch * tokens, out)
+        return flat.view(output.shape)  # (batch, tokens, out)
 
     def factors(self, part: int, rows: slice) -> Factors:
-        lora_A, lora_B = self.lora_A.detach()[part, rows], self.lora_B.detach()[part, rows].t()
+        """Some rows of the factors of one part, as float32 copies on the CPU."""
+        lora_A = self.lora_A.detach()[part, rows]  # (rank, in)
+        lora_B = self.lora_B.detach()[part, rows].t()  # (out, rank)
         return Factors(lora_A.float().cpu().clone(), lora_B.float().cpu().contiguous().clone())
+
+    def _down_of(self, hidden_states: torch.Tensor, part: int) -> torch.Tensor:
+        """`(batch, tokens, active rows)`: the input times `lora_A` of one part, computed for all parts by the first."""
+        if self.shared is not None and self.shared[0] is hidden_states and part in self.shared[1]:
+            downs = self.shared[1]
+        else:
+            chunks = self._down(hidden_states).chunk(len(self.lora_A), dim=-1)
+            downs = dict(enumerate(chunks))
+        later = {other: down for other, down in downs.items() if other > part}
+        # what no later part reads is not kept alive
+        self.shared = (hidden_states, later) if later else None
+        return downs[part]
 
     def _down(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, tokens, parts * active rows)`: the input times `lora_A` of all parts, times sign and scale.
@@ -176,11 +192,13 @@ class LayerBranch(nn.Module):
         Dropout is applied to this product, as in the authors' release, not to the much wider input, as in PEFT.
         """
         rows, factor, keys = cast(ActiveChain, self.active)
-        lora_A = self.lora_A[:, rows].flatten(0, 1)
+        lora_A = self.lora_A[:, rows].flatten(0, 1)  # (parts * active rows, in)
         if not (self.training and self.dropout and keys is not None):
             return F.linear(hidden_states, (lora_A * factor).to(hidden_states.dtype))
-        down = F.linear(hidden_states, (lora_A * (factor / (1 - self.dropout))).to(hidden_states.dtype))
-        return down * keep_mask(fold(keys, self.index), down.shape[1], down.shape[2], self.dropout)
+        lora_A = lora_A * (factor / (1 - self.dropout))
+        down = F.linear(hidden_states, lora_A.to(hidden_states.dtype))  # (batch, tokens, parts * active rows)
+        branch_keys = fold(keys, self.index)  # (batch,)
+        return down * keep_mask(branch_keys, down.shape[1], down.shape[2], self.dropout)
 
 
 class ProjectionWithPlugins(nn.Module):
@@ -190,7 +208,8 @@ class ProjectionWithPlugins(nn.Module):
 
     def __init__(self, base: nn.Module, branch: LayerBranch, part: int):
         super().__init__()
-        self.base, self.part = base, part
+        self.base = base
+        self.part = part
         # the branch belongs to the chain: registered once, so that its parameters have one name
         object.__setattr__(self, "branch", branch)
 
@@ -200,8 +219,11 @@ class ProjectionWithPlugins(nn.Module):
 
 def _groups(backbone: Backbone, target_modules: Iterable[str] | None) -> list[list[str]]:
     """Names of linear layers, those together that read the same input: query, key and value."""
-    row = backbone.architecture
-    inputs = [f"{row.attention}.{name}" for name in (row.query, row.key, row.value)]
-    names = [inputs[0], inputs[2]] if target_modules is None else list(target_modules)
+    architecture = backbone.architecture
+    attention = architecture.attention
+    # what reads the normalised input of attention
+    inputs = [f"{attention}.{name}" for name in (architecture.query, architecture.key, architecture.value)]
+    names = list(architecture.query_and_value) if target_modules is None else list(target_modules)
     together = [name for name in inputs if name in names]
-    return [group for group in (together, *([name] for name in names if name not in inputs)) if group]
+    alone = [[name] for name in names if name not in inputs]
+    return [together, *alone] if together else alone

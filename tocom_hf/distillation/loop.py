@@ -5,11 +5,8 @@ Only the plugins' gradients travel between processes, in one reduction per step 
 weights never do.
 """
 
-import contextlib
 import math
-import os
 import signal
-import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -27,9 +24,10 @@ from transformers.utils import logging
 from tocom_hf.distillation.agreement import agreement_sums
 from tocom_hf.distillation.arguments import DistillationArguments
 from tocom_hf.distillation.augmentation import Augmentation, augment
-from tocom_hf.distillation.degrees import find_sampler
+from tocom_hf.distillation.degrees import DegreePair, find_sampler
 from tocom_hf.distillation.order import StreamState, TrainingLoader, is_stream
 from tocom_hf.distillation.run_state import RunState
+from tocom_hf.distillation.stop_signal import StopSignal
 from tocom_hf.distillation.student import SelfDistiller
 from tocom_hf.errors import CheckpointError, DistillationError, DistillationInterrupted
 from tocom_hf.plugins.agreement import AgreementGrid
@@ -70,6 +68,7 @@ class Training:
         self.dataset = dataset
         self.args = args
         self.accelerator = accelerator
+        self.augmentation = args.augmentation
         self.global_batch = global_batch
         self.steps = steps
         self.eval_dataset = eval_dataset
@@ -117,7 +116,7 @@ class Training:
             self.dataset, self.args, self.accelerator, self.global_batch, self.steps, self.step, stream_state
         )
         self.distiller.plugins.train()
-        with _StopSignal() as stop, self._progress_bar() as bar:
+        with StopSignal() as stop, self._progress_bar() as bar:
             self._train(iter(loader), loader, stop, bar)
         if self.average is not None:
             with torch.no_grad():
@@ -164,9 +163,8 @@ class Training:
             no_keys = torch.zeros(len(pixel_values), dtype=torch.long, device=pixel_values.device)
             yield augment(pixel_values, no_keys, Augmentation(), self.mean, self.std)
 
-    def _train(self, batches: Iterator, loader: TrainingLoader, stop: "_StopSignal", bar: tqdm) -> None:
+    def _train(self, batches: Iterator, loader: TrainingLoader, stop: StopSignal, bar: tqdm) -> None:
         args = self.args
-        augmentation = args.augmentation
         sampler = find_sampler(args.degree_sampler, args.source_r)
         in_a_row = 0
         since = time.perf_counter()
@@ -176,17 +174,7 @@ class Training:
             rate = self._learning_rate(self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            total = torch.zeros((), device=self.accelerator.device)
-            for _ in range(args.gradient_accumulation_steps):
-                batch = next(batches)
-                with torch.no_grad():
-                    images = augment(batch["pixel_values"], batch["key"], augmentation, self.mean, self.std)
-                for source_r, target_r in pairs:
-                    with self.accelerator.autocast():
-                        loss = self.distiller.loss(images, source_r, target_r, batch["key"])
-                    loss = loss / (args.gradient_accumulation_steps * len(pairs))
-                    self.accelerator.backward(loss)
-                    total += loss.detach()
+            total = self._backward(batches, pairs)
             value, told_to_stop = self._share(total, stop.signum is not None)
             norm = self._clip()
             # fp16's loss scaling finds out for itself how large gradients may get
@@ -225,6 +213,22 @@ class Training:
                 self._stop(stop.signum or signal.SIGTERM)
             if args.eval_steps and self.eval_dataset is not None and self.step % args.eval_steps == 0:
                 self._log_agreement()
+
+    def _backward(self, batches: Iterator, pairs: list[DegreePair]) -> torch.Tensor:
+        """The gradients of one step; returns its loss, the mean over forward passes and pairs of degrees."""
+        passes = self.args.gradient_accumulation_steps
+        total = torch.zeros((), device=self.accelerator.device)
+        for _ in range(passes):
+            batch = next(batches)
+            with torch.no_grad():
+                images = augment(batch["pixel_values"], batch["key"], self.augmentation, self.mean, self.std)
+            for source_r, target_r in pairs:
+                with self.accelerator.autocast():
+                    loss = self.distiller.loss(images, source_r, target_r, batch["key"])
+                loss = loss / (passes * len(pairs))
+                self.accelerator.backward(loss)
+                total += loss.detach()
+        return total
 
     def _share(self, loss: torch.Tensor, stop: bool) -> tuple[float, bool]:
         """Average gradients and loss over processes, and find out whether any was told to stop."""
@@ -369,27 +373,3 @@ def _on_device(value: torch.Tensor | None, device: torch.device) -> torch.Tensor
 def _mean_or_zero(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / max(len(values), 1)
-
-
-class _StopSignal(contextlib.AbstractContextManager):
-    """Remembers SIGTERM and SIGINT, so that a step is finished and a checkpoint written. A second one stops at once."""
-
-    def __init__(self):
-        self.signum: int | None = None
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                self.previous[signum] = signal.signal(signum, self._receive)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
-
-    def _receive(self, signum: int, frame: Any) -> None:
-        if self.signum is not None:
-            signal.signal(signum, self.previous[signum])
-            os.kill(os.getpid(), signum)
-        self.signum = signum

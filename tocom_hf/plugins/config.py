@@ -188,7 +188,7 @@ class PluginSetConfig:
         if not all(isinstance(entry, dict) for entry in values["evaluation"]):
             raise PluginFileError(f"{path}: 'evaluation' must be a list of JSON objects.")
         if values["target_modules"] is not None:
-            values["target_modules"] = _target_modules(path, values["target_modules"])
+            values["target_modules"] = _checked_target_modules(path, values["target_modules"])
         sketch = backbone["sketch"]
         if len(sketch) != _SKETCH_SIZE * backbone["num_hidden_layers"] or not all(map(_is_number, sketch)):
             raise PluginFileError(f"{path}: 'sketch' must be a list of {_SKETCH_SIZE} finite numbers for each layer.")
@@ -216,7 +216,7 @@ _RANGES = {
 }  # fmt: skip
 
 
-def _target_modules(path: Path, found: dict[str, Any]) -> dict[str, tuple[int, int]]:
+def _checked_target_modules(path: Path, found: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """The entry of that name, checked."""
     if not 0 < len(found) <= _MAX_MODULES or not all(
         re.fullmatch(r"\w+(\.\w+)*", name) and _is_shape(shape) for name, shape in found.items()
