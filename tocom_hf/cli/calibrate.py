@@ -83,7 +83,7 @@ def load_checkpoint(args: argparse.Namespace) -> Any:
     model = TocomModel.from_pretrained(args.model, plugins=args.plugins, source_r=source_r)
     if model.plugins is not None:
         for degree in args.target_r or ():
-            model.plugins.compose(model.source_r, degree)
+            model.plugins.require(model.source_r, degree)
     return model
 
 

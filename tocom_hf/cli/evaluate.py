@@ -167,7 +167,7 @@ def require_runnable(
         if model.plugins is None:
             continue
         for degree in args.target_r:
-            model.plugins.compose(model.source_r, degree)
+            model.plugins.require(model.source_r, degree)
 
 
 def evaluate(args: argparse.Namespace) -> None:

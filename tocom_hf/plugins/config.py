@@ -265,9 +265,13 @@ def _as_json(value: Any) -> Any:
 
 @torch.no_grad()
 def _sketch(backbone: Backbone) -> tuple[float, ...]:
-    row, samples = backbone.architecture, []
+    names = backbone.architecture
+    samples: list[float] = []
     for layer in backbone.layers:
-        weight = getattr(getattr(layer, row.attention), row.key).weight.flatten()
-        index = torch.arange(_SKETCH_SIZE, device=weight.device) * (weight.numel() // _SKETCH_SIZE)
-        samples += [float(f"{value:.4g}") for value in weight[index].float().tolist()]
+        attention = getattr(layer, names.attention)
+        weight = getattr(attention, names.key).weight.flatten()
+        step = weight.numel() // _SKETCH_SIZE
+        index = torch.arange(_SKETCH_SIZE, device=weight.device) * step
+        for value in weight[index].float().tolist():
+            samples.append(float(f"{value:.4g}"))
     return tuple(samples)
