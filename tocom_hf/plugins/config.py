@@ -272,6 +272,6 @@ def _sketch(backbone: Backbone) -> tuple[float, ...]:
         weight = getattr(attention, names.key).weight.flatten()
         step = weight.numel() // _SKETCH_SIZE
         index = torch.arange(_SKETCH_SIZE, device=weight.device) * step
-        for value in weight[index].float().tolist():
-            samples.append(float(f"{value:.4g}"))
+        values = weight[index].float().tolist()
+        samples += [float(f"{value:.4g}") for value in values]
     return tuple(samples)
