@@ -8,12 +8,16 @@ BUILD_SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quie
 VENV_LOWEST ?= .venv-lowest
 SETUP_LOWEST := $(VENV_LOWEST)/.installed
 
-.PHONY: quickstart test test-lowest test-slow fuzz faults docs check audit format clean
+.PHONY: quickstart test coverage test-lowest test-slow fuzz faults docs check audit format clean
 
 quickstart: $(SETUP)  ## the main job on the embedded default, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
 
-test: $(SETUP)  ## all tests but the slow ones, and the share of the package's lines that they run
+test: $(SETUP)  ## all tests but the slow ones
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+# apart from `make test`, because following every call through torch's compiler takes half as much time again
+coverage: $(SETUP)  ## the same tests, and the share of the package's lines that they run
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" --cov --cov-report=
 	@echo "coverage: $$($(BIN)/python -m coverage report --format=total) % of the lines of tocom_hf"
 
