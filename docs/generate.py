@@ -66,7 +66,7 @@ def _cells(line: str) -> list[str]:
 # classes that have a test of their own, beside those of tests/helpers/families.py
 MORE_CLASSES = {
     "vit": ["`ViTForMaskedImageModeling`"],
-    "dinov2": ["`Dinov2Backbone` (last stage)"],
+    "dinov2": ["`Dinov2Backbone`", "`DepthAnythingForDepthEstimation`", "`DepthProForDepthEstimation`"],
     "clip_vision_model": ["`CLIPModel` (its text side is untouched)"],
 }
 # what the two tables do not say

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from helpers.clock import TokenClock
-from helpers.families import FAMILIES, clip
+from helpers.families import COMMON, FAMILIES, clip, dino, encoder_decoder
 from helpers.models import make_model, make_plugins, schedule_of
 from helpers.pictures import assert_drawn
 from transformers.utils import logging
@@ -131,6 +131,17 @@ def test_class_tokens_alone_are_counted_where_they_alone_are_left(model):
 def test_the_vision_side_of_clip_is_measured_alone():
     model = hf.CLIPModel(clip()).eval()
     assert quick(model)[5].tokens[-1] == 65 - 20
+
+
+@pytest.mark.parametrize("config", [hf.ViTConfig(**COMMON), dino(hf.Dinov2Config)], ids=["vit", "dinov2"])
+def test_of_a_model_that_describes_images_the_encoder_is_measured_alone(config):
+    model = encoder_decoder(config)
+    encoder = copy.deepcopy(model.encoder)
+    assert [count_flops(model, r) for r in (0, 4)] == [count_flops(encoder, r) for r in (0, 4)]
+    assert [cost.tokens for cost in quick(model)] == [cost.tokens for cost in quick(encoder)]
+    limit = count_flops(encoder, 4) / 1e9
+    tocom = TocomModel.from_pretrained(model, plugins=make_plugins(model), source_r=0, target_gflops=limit)
+    assert tocom.target_r == 4
 
 
 def test_seconds_are_spent_on_rounds(model, monkeypatch):

@@ -91,6 +91,29 @@ def dino(config_class, **settings):
     return config_class(**common, mlp_ratio=2, layerscale_value=0.5, **settings)
 
 
+def encoder_decoder(encoder=None):
+    """A model that describes images: it wants tokens of text beside them."""
+    encoder = encoder or hf.ViTConfig(**COMMON)
+    decoder = hf.GPT2Config(
+        n_embd=32, n_layer=1, n_head=2, n_positions=16, vocab_size=20, bos_token_id=0, eos_token_id=0
+    )
+    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    torch.manual_seed(0)
+    return hf.VisionEncoderDecoderModel(config).eval()
+
+
+def video_llava():
+    """A model with two towers that could merge tokens."""
+    text = hf.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=100
+    )
+    config = hf.VideoLlavaConfig(
+        vision_config=clip().vision_config, text_config=text, image_token_index=98, video_token_index=99
+    )
+    torch.manual_seed(0)
+    return hf.VideoLlavaForConditionalGeneration(config).eval()
+
+
 FAMILIES = [
     Family(hf.ViTForImageClassification, lambda: hf.ViTConfig(**COMMON), 1, "vit.layers", PRE_NORM),
     Family(hf.ViTModel, lambda: hf.ViTConfig(**COMMON), 1, "layers", PRE_NORM, "pooler_output"),

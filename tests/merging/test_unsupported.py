@@ -20,14 +20,18 @@ def tiny_dinov3():
     return hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**COMMON))
 
 
+def tiny_mgp_str():
+    return hf.MgpstrConfig(
+        image_size=[32, 32], patch_size=4, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+
+
+def siglip2():
+    return hf.Siglip2VisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+
+
 def tiny_bert():
     return hf.BertModel(hf.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9))
-
-
-def depth_model():
-    backbone = dino(hf.Dinov2Config, out_features=["stage1", "stage2", "stage3", "stage4"], reshape_hidden_states=False)
-    sizes = {"reassemble_hidden_size": 32, "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
-    return hf.DepthAnythingForDepthEstimation(hf.DepthAnythingConfig(backbone_config=backbone, patch_size=4, **sizes))
 
 
 @pytest.mark.parametrize(
@@ -37,12 +41,12 @@ def depth_model():
         (tiny_swin, "'swin': it attends within windows"),
         (tiny_beit, "'beit': its attention adds a bias"),
         (tiny_dinov3, "'dinov3_vit': it rotates"),
+        (lambda: hf.MgpstrForSceneTextRecognition(tiny_mgp_str()), "'mgp-str': its queries, keys and values come from"),
+        (lambda: hf.Siglip2VisionModel(siglip2()), "'siglip2_vision_model': it pads images"),
         (tiny_bert, "'bert'. Supported model types: .*vit"),
         (lambda: hf.CLIPTextModel(clip().text_config), "'clip_text_model'"),
         (lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**COMMON)), "mask_ratio = 0"),
         (lambda: hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**COMMON, mask_ratio=0.0)), "decoder needs every token"),
-        (lambda: hf.Dinov2Backbone(dino(hf.Dinov2Config, out_features=["stage2", "stage4"])), "only the last stage"),
-        (depth_model, "only the last stage"),
     ],
 )
 def test_models_that_cannot_be_merged_soundly_are_refused_with_the_reason(make, message):
@@ -51,21 +55,6 @@ def test_models_that_cannot_be_merged_soundly_are_refused_with_the_reason(make, 
     with pytest.raises(UnsupportedModelError, match=message):
         apply_tome(model, 4)
     assert [type(module) for module in model.modules()] == classes
-
-
-def test_models_that_read_an_inner_layer_are_refused():
-    text = hf.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=100
-    )
-    for layer in (-2, [1, -1]):
-        config = hf.LlavaConfig(
-            vision_config=clip().vision_config, text_config=text, image_token_index=99, vision_feature_layer=layer,
-            vision_feature_select_strategy="full",
-        )  # fmt: skip
-        with pytest.raises(UnsupportedModelError, match="vision_feature_layer"):
-            apply_tome(hf.LlavaForConditionalGeneration(config), 4)
-    config.vision_feature_layer = -1
-    apply_tome(hf.LlavaForConditionalGeneration(config), 4)
 
 
 def test_reasons_name_real_model_types():

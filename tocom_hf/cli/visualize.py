@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tocom_hf.cli.endings import CommandParser, positive_integer, run_command
-from tocom_hf.cli.loading import load_model, load_processor, refused_input
+from tocom_hf.cli.loading import load_config, load_model, load_processor, refused_input
 from tocom_hf.errors import ArgumentError, UnsupportedModelError
 
 
@@ -73,13 +73,16 @@ def visualize(args: argparse.Namespace) -> None:
     from transformers import AutoModel
 
     from tocom_hf.merging.architectures import find_backbone
+    from tocom_hf.merging.inputs import patch_grid
     from tocom_hf.merging.patching import apply_tome
     from tocom_hf.merging.tracing import trace_tokens
     from tocom_hf.visualization import paint_groups, tile
 
     if not args.output.suffix or not args.output.absolute().parent.is_dir():
         raise ArgumentError(f"--output {args.output} must be a picture, such as groups.png, in a folder that exists.")
-    model = load_model(AutoModel, args.model_name_or_path).eval()
+    # a masked autoencoder shows all of its patches
+    settings = {"mask_ratio": 0.0} if load_config(args.model_name_or_path).model_type == "vit_mae" else {}
+    model = load_model(AutoModel, args.model_name_or_path, **settings).eval()
     backbone = find_backbone(model).module  # of CLIP the vision part
     layers = len(find_backbone(model).layers)
     if not -layers <= args.layer < layers:
@@ -90,8 +93,7 @@ def visualize(args: argparse.Namespace) -> None:
     images = read_images(args)
     with refused_input("The images cannot be prepared for the model"):
         pixel_values = processor(images, return_tensors="pt")["pixel_values"]
-    patch = backbone.config.patch_size
-    grid = (pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
+    grid = patch_grid(backbone.config, pixel_values)
     if args.size < 3 * grid[0]:
         raise ArgumentError(f"--size {args.size} is too small for {grid[0]} rows of patches: 3 pixels each at least.")
     shown = pictures_of(pixel_values)

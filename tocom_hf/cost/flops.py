@@ -2,6 +2,7 @@
 """Tokens and floating-point operations of a forward pass at a degree, counted while it runs on example inputs."""
 
 import contextlib
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tocom_hf.errors import ArgumentError
 from tocom_hf.merging.architectures import Backbone, find_backbone
-from tocom_hf.merging.inputs import model_inputs
+from tocom_hf.merging.inputs import as_pair, model_inputs
 from tocom_hf.merging.patching import get_settings, merging_at
 from tocom_hf.merging.schedule import require_degree, tokens_per_layer
 
@@ -65,7 +66,8 @@ class Example(NamedTuple):
 
     Attributes:
         backbone: The model's backbone.
-        module: What is run: the model, or its vision backbone alone where the model wants text too.
+        module: What is run: the model, or its vision backbone alone where the model wants text too, as one that
+            describes images does.
         batch: The inputs, `(batch, channels, height, width)` for images, on the model's device and in its dtype.
     """
 
@@ -80,8 +82,8 @@ class Example(NamedTuple):
         config = backbone.module.config
         generator = torch.Generator().manual_seed(0)
         if not backbone.architecture.spectrograms:
-            height, width = _pair(config.image_size if image_size is None else image_size, "image_size")
-            patch_height, patch_width = _pair(config.patch_size, "patch_size")
+            height, width = _image_size(config.image_size if image_size is None else image_size)
+            patch_height, patch_width = as_pair(config.patch_size)
             if height < patch_height or width < patch_width:
                 raise ArgumentError(
                     f"image_size must be at least a patch of {patch_height} x {patch_width}, got {image_size!r}."
@@ -95,8 +97,8 @@ class Example(NamedTuple):
             raise ArgumentError(
                 f"{type(model).__name__} takes {backbone.module.main_input_name}, not images: leave image_size out."
             )
-        takes_images = model.main_input_name == backbone.module.main_input_name
-        module = model if takes_images else backbone.module
+        images_suffice = model.main_input_name == backbone.module.main_input_name and not _wants_text(model)
+        module = model if images_suffice else backbone.module
         return cls(backbone, module, batch.to(next(model.parameters()).device, model.dtype))
 
     def run(self) -> None:
@@ -128,9 +130,14 @@ class Example(NamedTuple):
         return DegreeCount((entering[0], *tokens), counter.get_total_flops())
 
 
-def _pair(size: object, name: str) -> tuple[int, int]:
-    """Height and width of what is given as one integer or two."""
+def _wants_text(model: PreTrainedModel) -> bool:
+    """Whether a model takes tokens of text beside images, as one with a decoder does."""
+    return any(name.endswith("input_ids") for name in inspect.signature(type(model).forward).parameters)
+
+
+def _image_size(size: object) -> tuple[int, int]:
+    """Height and width of what a caller gives as one integer or two."""
     pair = (size, size) if isinstance(size, int) else size
     if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(type(side) is int for side in pair):
-        raise ArgumentError(f"{name} must be an integer or two, height and width, got {size!r}.")
+        raise ArgumentError(f"image_size must be an integer or two, height and width, got {size!r}.")
     return pair[0], pair[1]

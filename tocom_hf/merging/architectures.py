@@ -7,7 +7,6 @@ from typing import NamedTuple, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.backbone_utils import BackboneMixin
 
 from tocom_hf.errors import ArgumentError, UnsupportedModelError
 
@@ -98,13 +97,17 @@ ARCHITECTURES: dict[str, Architecture] = {
 _WINDOWED = "it attends within windows of a fixed grid, which merged tokens no longer form"
 _BIASED = "its attention adds a bias for every pair of grid positions, and a merged token has no single position"
 _ROTARY = "it rotates queries and keys by the position of each token, and a merged token has no single position"
+_PADDED = "it pads images of different shapes to one length, and merging takes no padding mask"
+_FUSED = "its queries, keys and values come from one fused layer, which merging and plugins do not address"
 _HIERARCHICAL = "it pools or strides over the token grid between its stages, which merged tokens no longer form"
 # why, for well-known families that cannot be supported
 REASONS: dict[str, str] = {
     **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin", "swin2sr", "hiera", "vitdet"), _WINDOWED),
     **dict.fromkeys(("beit", "data2vec-vision", "levit"), _BIASED),
-    **dict.fromkeys(("dinov3_vit", "pixtral", "vjepa2", "siglip2_vision_model", "gemma4_vision"), _ROTARY),
-    **dict.fromkeys(("pvt", "pvt_v2", "cvt", "segformer", "poolformer", "mobilevit", "mgp-str"), _HIERARCHICAL),
+    **dict.fromkeys(("dinov3_vit", "pixtral", "vjepa2", "gemma4_vision"), _ROTARY),
+    "siglip2_vision_model": _PADDED,
+    "mgp-str": _FUSED,
+    **dict.fromkeys(("pvt", "pvt_v2", "cvt", "segformer", "poolformer", "mobilevit"), _HIERARCHICAL),
 }
 
 
@@ -128,6 +131,11 @@ class Backbone(NamedTuple):
     @property
     def layers(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self.module.get_submodule(self.architecture.layers))
+
+    @property
+    def is_patched(self) -> bool:
+        """Whether the layers merge tokens."""
+        return hasattr(self.layers[0], "tome_index")
 
     @property
     def protected(self) -> int:
@@ -194,11 +202,18 @@ def projection_paths(model_type: str, num_layers: int, target_modules: Iterable[
     return [f"{architecture.layers}.{index}.{name}" for index in range(num_layers) for name in names]
 
 
-def find_backbone(model: nn.Module) -> Backbone:
+def find_backbone(model: nn.Module, name: str | None = None) -> Backbone:
     """Find the supported backbone in `model`: the innermost module of a listed model type that holds the layers.
 
+    Args:
+        model: A transformers model.
+        name: Which backbone, for models with several: its path in the model, or a part of the path that only one of
+            them has (`vision_tower`). Where none is named, the one that merges already is meant.
+
     Raises:
-        UnsupportedModelError: if there is none, or if it is used in a way that merging breaks.
+        UnsupportedModelError: if there is none, or several of which none is named, or if it is used in a way that
+            merging breaks.
+        ArgumentError: if no backbone, or more than one, goes by that name.
     """
     if hasattr(model, "merge_and_unload"):
         raise UnsupportedModelError(
@@ -215,13 +230,45 @@ def find_backbone(model: nn.Module) -> Backbone:
             f"Expected a transformers model (PreTrainedModel), got {type(model).__name__}. "
             "Load it with an Auto class of transformers, or pass the transformers model inside your wrapper."
         )
+    found = backbones_in(model)
+    if not found:
+        raise unsupported(model.config.model_type)
+    backbone = found[0] if name is None and len(found) == 1 else _chosen(found, name)
+    _refuse_unsound_use(backbone)
+    return backbone
+
+
+def backbones_in(model: PreTrainedModel) -> list[Backbone]:
+    """All supported backbones of a model, in the order of its modules."""
+    found = []
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             architecture = ARCHITECTURES.get(module.config.model_type)
             if architecture is not None and _has(module, architecture.layers):
-                _refuse_unsound_use(model, module, architecture)
-                return Backbone(model, path, module, architecture)
-    raise unsupported(model.config.model_type)
+                found.append(Backbone(model, path, module, architecture))
+    return found
+
+
+def _chosen(found: list[Backbone], name: str | None) -> Backbone:
+    """The one of several backbones that a caller means."""
+    paths = ", ".join(repr(backbone.path) for backbone in found)
+    if name is None:
+        merging = [backbone for backbone in found if backbone.is_patched]
+        if len(merging) == 1:
+            return merging[0]
+        raise UnsupportedModelError(
+            f"{type(found[0].model).__name__} has {len(found)} backbones that could merge tokens: {paths}. Name one, "
+            f"backbone={found[0].path!r}, or pass that part of the model alone, model.get_submodule({found[0].path!r})."
+        )
+    exact = [backbone for backbone in found if backbone.path == name]
+    named = exact or [backbone for backbone in found if f".{name}." in f".{backbone.path}."]
+    if len(named) != 1:
+        number = "more than one of them" if named else "none of them"
+        raise ArgumentError(
+            f"backbone={name!r} stands for {number}: the backbones of {type(found[0].model).__name__} that could merge "
+            f"tokens are {paths}."
+        )
+    return named[0]
 
 
 def supported_types(config: PreTrainedConfig) -> set[str]:
@@ -239,23 +286,12 @@ def unsupported(model_type: str) -> UnsupportedModelError:
     )
 
 
-def _refuse_unsound_use(model: PreTrainedModel, backbone: PreTrainedModel, architecture: Architecture) -> None:
-    if architecture.shuffles_patches and (hasattr(model, "decoder") or backbone.config.mask_ratio > 0):
+def _refuse_unsound_use(backbone: Backbone) -> None:
+    masked = backbone.architecture.shuffles_patches and backbone.module.config.mask_ratio > 0
+    if masked or (backbone.architecture.shuffles_patches and hasattr(backbone.model, "decoder")):
         raise UnsupportedModelError(
             "Token merging supports the encoder of ViT-MAE without random masking. "
             "Load ViTMAEModel with config.mask_ratio = 0; the pre-training decoder needs every token."
-        )
-    if isinstance(backbone, BackboneMixin) and list(backbone.out_features) != [backbone.stage_names[-1]]:
-        raise UnsupportedModelError(
-            f"{type(backbone).__name__} returns feature maps of {', '.join(backbone.out_features)}, but only the last "
-            f"stage can be restored to a grid. Load it with out_features=[{backbone.stage_names[-1]!r}]."
-        )
-    layer = getattr(model.config, "vision_feature_layer", None)
-    last = backbone.config.num_hidden_layers
-    if layer not in (None, -1, last, [-1], [last]):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} reads layer {layer} of its vision part (vision_feature_layer), but merged tokens "
-            "are restored to their places after the last layer only. Use a model that reads the last one."
         )
 
 

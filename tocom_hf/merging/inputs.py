@@ -2,10 +2,11 @@
 """The arguments that a model's forward needs for a batch of images."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tocom_hf.merging.architectures import Backbone
 
@@ -20,22 +21,39 @@ def model_inputs(module: PreTrainedModel, backbone: Backbone, pixel_values: torc
     """
     config = backbone.module.config
     inputs: dict[str, Any] = {module.main_input_name: pixel_values}
-    trained_at = getattr(config, "image_size", None)
-    if isinstance(trained_at, int):
-        trained_at = (trained_at, trained_at)
     takes_any_size = "interpolate_pos_encoding" in inspect.signature(type(module).forward).parameters
-    if takes_any_size and trained_at is not None and tuple(trained_at) != tuple(pixel_values.shape[2:]):
+    trained_at = getattr(config, "image_size", None)
+    if takes_any_size and trained_at is not None and as_pair(trained_at) != tuple(pixel_values.shape[2:]):
         inputs["interpolate_pos_encoding"] = True
     if backbone.architecture.shuffles_patches:
         # without merging the order of the patches decides about rounding alone, but about that it does
-        inputs["noise"] = ascending_noise(pixel_values, config.patch_size)
+        inputs["noise"] = ascending_noise(pixel_values, config)
     return inputs
 
 
-def ascending_noise(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+def ascending_noise(pixel_values: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
     """The `noise` with which ViT-MAE leaves the patches in order: float32 `(batch, patches)`.
 
     It shuffles the patches by random noise even where it masks none.
     """
-    patches = pixel_values[0, 0].numel() // patch_size**2
-    return torch.linspace(0, 1, patches, device=pixel_values.device).expand(len(pixel_values), -1)
+    rows, columns = patch_grid(config, pixel_values)
+    return torch.linspace(0, 1, rows * columns, device=pixel_values.device).expand(len(pixel_values), -1)
+
+
+def patch_grid(config: PreTrainedConfig, pixel_values: torch.Tensor) -> tuple[int, int]:
+    """Patches from top to bottom and from left to right; what does not fill a patch is cut off.
+
+    Args:
+        config: Of the backbone.
+        pixel_values: `(batch, channels, height, width)`.
+    """
+    patch_height, patch_width = as_pair(config.patch_size)
+    return pixel_values.shape[2] // patch_height, pixel_values.shape[3] // patch_width
+
+
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of what a configuration gives as one integer or as two."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width

@@ -8,11 +8,14 @@ call its own `TokenState` as the keyword argument `tome`; the layers, whose clas
 import contextlib
 import inspect
 from collections.abc import Iterator
+from typing import cast
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from tocom_hf.errors import ArgumentError, DegreeError, UnsupportedInputError, UnsupportedModelError
 from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.inner_layers import RestoreHook, recording_modules, refuse_hooked_layers
 from tocom_hf.merging.inputs import ascending_noise
 from tocom_hf.merging.layers import (
     MergeSettings,
@@ -32,6 +35,7 @@ def apply_tome(
     proportional_attention: bool | None = None,
     restore: bool | None = None,
     class_tokens_only: bool | None = None,
+    backbone: str | None = None,
 ) -> PreTrainedModel:
     """Make a transformers model merge tokens in every layer (ToMe, arXiv 2210.09461). Weights are not touched.
 
@@ -45,21 +49,25 @@ def apply_tome(
         proportional_attention: Add the log of each key's token size to the attention logits (ToMe, eq. 1). On by
             default; a model that merges already keeps what it has.
         restore: Copy merged tokens back to the positions that they came from after the last layer, so that
-            `last_hidden_state` keeps its shape and means over tokens weigh by size; inner `hidden_states` stay merged.
-            By default on for families whose heads read patch tokens (DINOv2, CLIP, SigLIP, I-JEPA, masked image
-            modelling), off where they read the class token only; a model that merges already keeps what it has.
+            `last_hidden_state` keeps its shape and means over tokens weigh by size; and in every entry of
+            `hidden_states` that the model is asked for, so that dense heads may read inner layers. By default on for
+            families whose heads read patch tokens (DINOv2, CLIP, SigLIP, I-JEPA, masked image modelling), off where
+            they read the class token only; a model that merges already keeps what it has.
         class_tokens_only: Let only the class (and distillation) tokens leave the last layer, which then computes
             nothing for the others but their keys and values: the same logits, at most a twelfth cheaper for twelve
             layers. `last_hidden_state` holds these tokens only. Off by default; a model that merges already keeps what
             it has.
+        backbone: Which part merges, for models with several that could (`vision_tower`): its path in the model, or a
+            part of the path that only one of them has. The others are left alone.
 
     Returns:
         The same model.
 
     Raises:
-        UnsupportedModelError: if the architecture is not supported.
+        UnsupportedModelError: if the architecture is not supported, or several parts could merge and none is named.
         DegreeError: if `r` is not a degree, or another one than that of a `TocomModel`, whose weights belong to it.
-        ArgumentError: if `class_tokens_only` contradicts `restore`, or the family has no class token.
+        ArgumentError: if `class_tokens_only` contradicts `restore`, the family has no class token, or `backbone` names
+            no part that could merge.
 
     Example:
 
@@ -73,16 +81,16 @@ def apply_tome(
 
     ```
     """
-    backbone = find_backbone(model)
-    hook = _find_hook(backbone)
+    found = find_backbone(model, backbone)
+    hook = _find_hook(found)
     bound = hook is not None and hook.bound
-    if hook is not None and bound and resolve_schedule(r, len(backbone.layers)) != hook.settings.schedule:
+    if hook is not None and bound and resolve_schedule(r, len(found.layers)) != hook.settings.schedule:
         raise DegreeError(
             "The model is a TocomModel, which changes its weights with its degree: call model.set_target_r(...) "
             "instead of apply_tome. For merging without compensation load the checkpoint with its transformers class."
         )
     set_merging(
-        backbone,
+        found,
         r,
         proportional_attention=proportional_attention,
         restore=restore,
@@ -129,17 +137,19 @@ def set_merging(
         hook.bound = bound
 
 
-def remove_tome(model: PreTrainedModel) -> PreTrainedModel:
+def remove_tome(model: PreTrainedModel, *, backbone: str | None = None) -> PreTrainedModel:
     """Undo `apply_tome`: classes, hooks and attributes are again those of the untouched model.
 
     Args:
         model: The patched model. A model that is not patched is left alone.
+        backbone: Which part stops merging, where several merge; as in `apply_tome`.
 
     Returns:
         The same model.
 
     Raises:
         UnsupportedModelError: if the model is a `TocomModel`, whose weights belong to its degree.
+        ArgumentError: if `backbone` names no part that could merge.
 
     Example:
 
@@ -153,15 +163,15 @@ def remove_tome(model: PreTrainedModel) -> PreTrainedModel:
 
     ```
     """
-    backbone = find_backbone(model)
-    hook = _find_hook(backbone)
+    found = find_backbone(model, backbone)
+    hook = _find_hook(found)
     if hook is not None and hook.bound:
         raise UnsupportedModelError(
             "The model is a TocomModel, whose weights are those of its degree. model.set_target_r(model.source_r) puts "
             "back the weights of the checkpoint; for a model that does not merge at all load the checkpoint with its "
             "transformers class."
         )
-    unset_merging(backbone)
+    unset_merging(found)
     return model
 
 
@@ -174,6 +184,10 @@ def unset_merging(backbone: Backbone) -> None:
     for key in keys:
         del hooks[key]
         del backbone.module._forward_pre_hooks_with_kwargs[key]
+    for module in recording_modules(backbone):
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, RestoreHook)]:
+            del module._forward_hooks[key]
+            del module._forward_hooks_with_kwargs[key]
     for module in backbone.layers.modules():
         if isinstance(module, MergingLayer):
             del module.tome_index
@@ -225,6 +239,7 @@ class MergeHook:
         self.settings = settings
         self.bound = bound
         self.shuffles_patches = backbone.architecture.shuffles_patches
+        self.layers_path = backbone.architecture.layers
         # the position of the mask among the arguments of the backbone's forward
         names = list(inspect.signature(type(backbone.module).forward).parameters)[1:]
         self.mask_index = names.index("attention_mask") if "attention_mask" in names else None
@@ -238,7 +253,9 @@ class MergeHook:
         if self.shuffles_patches and len(args) < 2 and kwargs.get("noise") is None:
             # which tokens may merge depends on their order, and the model shuffles them anew in every call
             pixel_values = args[0] if args else kwargs["pixel_values"]
-            kwargs = {**kwargs, "noise": ascending_noise(pixel_values, module.config.patch_size)}
+            kwargs = {**kwargs, "noise": ascending_noise(pixel_values, module.config)}
+        if self.settings.restore and any(self.settings.schedule):
+            refuse_hooked_layers(cast(nn.ModuleList, module.get_submodule(self.layers_path)))
         return args, {**kwargs, "tome": TokenState(self.settings)}
 
     def _is_masked(self, args: tuple, kwargs: dict) -> bool:
@@ -274,6 +291,8 @@ def _patch(backbone: Backbone, hook: MergeHook) -> None:
         attention.__class__ = attention_classes[index]
         attention.tome_architecture = backbone.architecture
     backbone.module.register_forward_pre_hook(hook, with_kwargs=True)
+    for module in recording_modules(backbone):
+        module.register_forward_hook(RestoreHook(len(layers)), with_kwargs=True)
 
 
 def _refuse_wrapped_forwards(backbone: Backbone) -> None:

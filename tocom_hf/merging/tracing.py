@@ -30,7 +30,7 @@ class TokenTrace:
 
 
 @contextlib.contextmanager
-def trace_tokens(model: PreTrainedModel) -> Iterator[TokenTrace]:
+def trace_tokens(model: PreTrainedModel, *, backbone: str | None = None) -> Iterator[TokenTrace]:
     """Record which input tokens went into which output token, for each forward call within the `with` block.
 
     Example:
@@ -51,14 +51,16 @@ def trace_tokens(model: PreTrainedModel) -> Iterator[TokenTrace]:
 
     Args:
         model: A model that `apply_tome` patched.
+        backbone: Which part to follow, where several merge; as in `apply_tome`.
 
     Yields:
         The trace of the last call; empty before the first.
 
     Raises:
         UnsupportedModelError: if the model is not patched.
+        ArgumentError: if `backbone` names no part that could merge.
     """
-    with traced(find_backbone(model)) as trace:
+    with traced(find_backbone(model, backbone)) as trace:
         yield trace
 
 
