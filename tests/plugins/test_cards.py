@@ -100,6 +100,8 @@ def test_an_agreement_grid_and_hardware_are_rendered(plugins):
         ("logits", "predicts the same class", "divergence"),
         ("features", "The cosine", "distance of their normalised"),
         ("hidden_states", "The cosine", "every layer but the first"),
+        ("label_probabilities", "The share of labels", "divergence of each label's probability"),
+        ("values", "How close (times 100", "squared difference of the values"),
     ],
 )
 def test_the_card_says_what_was_compared(plugins, objective, measure, loss):
@@ -107,7 +109,8 @@ def test_the_card_says_what_was_compared(plugins, objective, measure, loss):
     agreement = {"degrees": [0, 2], "plain": grid, "tocom": grid}
     plugins.config.training = {"agreement": agreement, "objective": objective, "learning_rate": 0.001}
     text = plugin_set_card(plugins.config, "user/set").text
-    assert [words in text for words in ("predicts the same class", "The cosine")].count(True) == 1
+    measures = ("predicts the same class", "The cosine", "The share of labels", "How close")
+    assert [words in text for words in measures].count(True) == 1
     assert measure in text.split("## Agreement")[1].split("## Recipe")[0]
     assert loss in text.split("## Recipe")[1]
 

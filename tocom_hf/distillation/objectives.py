@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from tocom_hf.distillation.heads import Logits, has_head, head_of
 from tocom_hf.errors import ArgumentError, UnsupportedModelError
 from tocom_hf.merging.architectures import Backbone
 from tocom_hf.merging.inputs import model_inputs
@@ -44,34 +45,6 @@ class Judge(Protocol):
 
     def agreement(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
         """How well the student agrees with the teacher, in [0, 1] for each image: `(batch,)`."""
-
-
-class Logits:
-    """`KL(teacher || student)` of the class distributions at temperature 1 (ToCom, eq. 6).
-
-    Agreement is that of the predicted classes.
-    """
-
-    name = "logits"
-
-    def part(self, backbone: Backbone) -> PreTrainedModel:
-        return backbone.model
-
-    def outputs(self, backbone: Backbone, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities, float32 `(batch, classes)`."""
-        inputs = model_inputs(backbone.model, backbone, pixel_values)
-        logits = backbone.model(**inputs).logits  # (batch, classes)
-        return F.log_softmax(logits.float(), dim=-1)
-
-    def loss(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-        return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
-
-    @property
-    def judge(self) -> "Logits":
-        return self
-
-    def agreement(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-        return (teacher.argmax(-1) == student.argmax(-1)).float()
 
 
 class Features:
@@ -171,23 +144,26 @@ OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (
 
 
 def find_objective(name: str, model: PreTrainedModel) -> Objective:
-    """The objective of a name; `auto` picks logits where the model has a classifier, else features.
+    """The objective of a name; `auto` picks logits where the model has a head, else features.
+
+    What is compared of logits goes by what the head means: one label of several, any labels, or values (see `heads`).
 
     Raises:
         ArgumentError: if there is none of that name.
-        UnsupportedModelError: if logits are asked of a model that has none.
+        UnsupportedModelError: if logits are asked of a model that has none, or of one of an unknown problem type.
     """
     if name not in ("auto", *OBJECTIVES):
         raise ArgumentError(f"objective must be one of auto, {', '.join(OBJECTIVES)}, got {name!r}.")
-    has_logits = any(hasattr(model, attribute) for attribute in ("classifier", "cls_classifier"))
     if name == "auto":
-        name = "logits" if has_logits else "features"
-    if name == "logits" and not has_logits:
+        name = "logits" if has_head(model) else "features"
+    if name != "logits":
+        return OBJECTIVES[name]
+    if not has_head(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no classifier, so there are no logits to distil on. Use objective='features', "
             "or load the pre-trained model with AutoModelForImageClassification."
         )
-    return OBJECTIVES[name]
+    return head_of(model)
 
 
 def _pooled(backbone: Backbone, outputs: Any) -> torch.Tensor:

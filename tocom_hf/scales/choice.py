@@ -30,9 +30,9 @@ def pick_scale(
     """The scale at which a model at `target_r` agrees best with itself at `source_r`, on images without labels.
 
     A plugin set recommends one scale for all models and degrees. A hundred images of the task that the model serves say
-    more: what plugins are distilled for, `KL(model at source_r || model at target_r)` (ToCom, eq. 6; the distance of
-    the features where there is no classifier), is measured for this model. With 0 among the scales the answer may be to
-    merge without compensation.
+    more: what plugins are distilled for, `KL(model at source_r || model at target_r)` (ToCom, eq. 6; where the head
+    predicts values or there is none, the distance of the values or of the features), is measured for this model. With
+    0 among the scales the answer may be to merge without compensation.
 
     Agreement is not accuracy: below `source_r` a model may be better as it is than at its own degree. Labels tell.
 
