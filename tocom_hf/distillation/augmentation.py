@@ -186,14 +186,22 @@ def _box_mask(top, left, box_height, box_width, images: torch.Tensor) -> torch.T
 Operation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _affine(make: Callable[[torch.Tensor], tuple]) -> Operation:
-    """An operation that moves pixels. `make` gives the matrix from the signed strengths: in pixels, but for the last
-    column, which is in halves of the width and of the height."""
+def _affine(make: Callable[[torch.Tensor], tuple], about_corner: bool = False) -> Operation:
+    """An operation that moves pixels.
+
+    Args:
+        make: Gives the matrix from the signed strengths: in pixels, but for the last column, which is in halves of the
+            width and of the height.
+        about_corner: Whether the upper left corner stays where it is, as when DeiT shears images, and not the centre.
+    """
 
     def operation(images, strengths, signs):
         (a, b, c), (d, e, f) = make(strengths * signs)
         # torch has both axes in [-1, 1]
         aspect = images.shape[-2] / images.shape[-1]
+        if about_corner:
+            c = c + (a - 1) + b * aspect
+            f = f + (e - 1) + d / aspect
         entries = [a, b * aspect, c, d / aspect, e, f]
         columns = []
         for entry in entries:
@@ -264,8 +272,8 @@ OPERATIONS: tuple[Operation, ...] = (
     _enhance("adjust_contrast_with_mean_subtraction"),
     _enhance("adjust_brightness_accumulative"),
     _enhance("sharpness"),
-    _affine(lambda strength: ((1, 0.3 * strength, 0), (0, 1, 0))),
-    _affine(lambda strength: ((1, 0, 0), (0.3 * strength, 1, 0))),
+    _affine(lambda strength: ((1, 0.3 * strength, 0), (0, 1, 0)), about_corner=True),
+    _affine(lambda strength: ((1, 0, 0), (0.3 * strength, 1, 0)), about_corner=True),
     _affine(lambda strength: ((1, 0, 0.9 * strength), (0, 1, 0))),  # 0.45 of the width
     _affine(lambda strength: ((1, 0, 0), (0, 1, 0.9 * strength))),
 )
