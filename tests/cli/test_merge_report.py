@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from helpers.families import clip
+from helpers.families import clip, video_llava
 from helpers.models import make_model, make_plugins
 from helpers.paths import ROOT
 from transformers import (
@@ -74,6 +74,15 @@ def test_of_clip_the_vision_tower_is_measured(tmp_path, run):
     assert "model type clip, class CLIPModel" in output
     assert "Of CLIPModel, its vision part alone (CLIPVisionModel)" in output
     assert "copied back to their places" in output
+
+
+def test_one_of_several_towers_is_named(tmp_path, run, refused):
+    video_llava().save_pretrained(tmp_path)
+    message = refused("merge-report", tmp_path, "--seconds", 0)
+    assert "2 backbones that could merge tokens: 'model.video_tower', 'model.image_tower'. Name one" in message
+    code, output, _ = run("merge-report", tmp_path, "--seconds", 0, "--target_r", 2, "--backbone", "image_tower")
+    assert code == 0
+    assert "its vision part alone (CLIPVisionModel)" in output
 
 
 def test_registers_are_protected(tmp_path, run):

@@ -70,6 +70,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="Largest degree to measure, or the degrees where several are given; default: 16, or where the first layer "
         "can merge no more.",
     )
+    parser.add_argument("--backbone", help="Which part to look at, of a model with several that could merge.")
     parser.add_argument("--target_speedup", type=float, default=1.5, help="How much faster than r = 0 it should be.")
     parser.add_argument("--seconds", type=float, default=10.0, help="How long to measure.")
     args = parser.parse_args(argv)
@@ -88,6 +89,7 @@ def make_report(
     target_speedup: float = 1.5,
     seconds: float = 10.0,
     device: str | None = None,
+    backbone: str | None = None,
 ) -> MergeReport:
     """Read the configuration of a checkpoint and measure a model of its shape with random weights.
 
@@ -99,6 +101,7 @@ def make_report(
         target_speedup: How many times as fast as degree 0 the degree to try first should be.
         seconds: How long to measure.
         device: Where to measure; by default an accelerator if there is one.
+        backbone: Which part to look at, where several could merge; as in `apply_tome`.
 
     Raises:
         PluginFileError: if there is no such checkpoint, or its configuration cannot be used.
@@ -110,30 +113,30 @@ def make_report(
     from tocom_hf.merging.patching import get_settings, set_merging
 
     place = measuring_device(device)
-    report, subject = open_checkpoint(model)
+    report, subject = open_checkpoint(model, backbone)
     if subject is None:
         return report
     subject.to(place)
     degrees = degrees_to_measure(subject, target_r, image_size)
     calibration = calibrate(subject, image_size, batch_size, degrees=degrees, seconds=seconds)
-    backbone = find_backbone(subject)
-    set_merging(backbone, 0)
-    settings = get_settings(backbone)
+    found = find_backbone(subject)
+    set_merging(found, 0)
+    settings = get_settings(found)
     restored = settings is not None and settings.restore
     return MergeReport(
         model=report.model,
         model_type=report.model_type,
         model_class=report.model_class,
         measured_class=type(subject).__name__,
-        protected=backbone.protected,
-        registers=backbone.protected - backbone.architecture.protected,
+        protected=found.protected,
+        registers=found.protected - found.architecture.protected,
         restored=restored,
         calibration=calibration,
         first_r=degree_to_try(calibration, target_speedup),
     )
 
 
-def open_checkpoint(name: str) -> "tuple[MergeReport, PreTrainedModel | None]":
+def open_checkpoint(name: str, backbone: str | None) -> "tuple[MergeReport, PreTrainedModel | None]":
     """What the configuration of a checkpoint says, and a model with random weights unless it is unsupported."""
     from transformers import CONFIG_MAPPING
 
@@ -153,7 +156,7 @@ def open_checkpoint(name: str) -> "tuple[MergeReport, PreTrainedModel | None]":
         reason = str(unsupported(config.model_type)).partition(". ")[0]
         return MergeReport(name, model_type, model_class, f"{reason}."), None
     try:
-        subject = build_with_random_weights(name, config)
+        subject = build_with_random_weights(name, config, backbone)
     except UnsupportedModelError as error:
         return MergeReport(name, model_type, model_class, str(error)), None
     return MergeReport(name, model_type, model_class), subject
@@ -176,7 +179,7 @@ def reason_for_foreign(content: dict[str, Any]) -> str:
     return "Its config.json names no model type that this version of transformers knows."
 
 
-def build_with_random_weights(name: str, config: Any) -> "PreTrainedModel":
+def build_with_random_weights(name: str, config: Any, part: str | None) -> "PreTrainedModel":
     """A model of a configuration in evaluation mode, or where it is only a part of the model, its vision part.
 
     The whole model is looked at without memory for its weights first: beside a vision part there may be a language
@@ -200,7 +203,7 @@ def build_with_random_weights(name: str, config: Any) -> "PreTrainedModel":
 
     with torch.device("meta"):
         whole = build()
-    backbone = find_backbone(whole).module
+    backbone = find_backbone(whole, part).module
     if backbone.config.model_type == config.model_type:
         return build().eval()
     with refused_input(f"No vision part can be built from the config.json of {name}"):
@@ -304,6 +307,7 @@ def report_on(args: argparse.Namespace) -> None:
         target_speedup=args.target_speedup,
         seconds=args.seconds,
         device=args.device,
+        backbone=args.backbone,
     )
     print(format_report(report, args.target_speedup))
 

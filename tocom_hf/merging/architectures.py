@@ -211,9 +211,8 @@ def find_backbone(model: nn.Module, name: str | None = None) -> Backbone:
             them has (`vision_tower`). Where none is named, the one that merges already is meant.
 
     Raises:
-        UnsupportedModelError: if there is none, or several of which none is named, or if it is used in a way that
-            merging breaks.
-        ArgumentError: if no backbone, or more than one, goes by that name.
+        UnsupportedModelError: if there is none, or if it is used in a way that merging breaks.
+        ArgumentError: if there are several and none is named, or if not one goes by that name.
     """
     if hasattr(model, "merge_and_unload"):
         raise UnsupportedModelError(
@@ -256,7 +255,7 @@ def _chosen(found: list[Backbone], name: str | None) -> Backbone:
         merging = [backbone for backbone in found if backbone.is_patched]
         if len(merging) == 1:
             return merging[0]
-        raise UnsupportedModelError(
+        raise ArgumentError(
             f"{type(found[0].model).__name__} has {len(found)} backbones that could merge tokens: {paths}. Name one, "
             f"backbone={found[0].path!r}, or pass that part of the model alone, model.get_submodule({found[0].path!r})."
         )

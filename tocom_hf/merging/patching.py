@@ -64,10 +64,10 @@ def apply_tome(
         The same model.
 
     Raises:
-        UnsupportedModelError: if the architecture is not supported, or several parts could merge and none is named.
+        UnsupportedModelError: if the architecture is not supported.
         DegreeError: if `r` is not a degree, or another one than that of a `TocomModel`, whose weights belong to it.
-        ArgumentError: if `class_tokens_only` contradicts `restore`, the family has no class token, or `backbone` names
-            no part that could merge.
+        ArgumentError: if `class_tokens_only` contradicts `restore`, or the family has no class token; if several parts
+            could merge and `backbone` does not name one.
 
     Example:
 
