@@ -561,7 +561,7 @@ API = {
     "images": (
         "Images",
         "For those who read images, or paint what merges.",
-        ["load_images", "with_pixel_values", "paint_groups", "tile"],
+        ["load_images", "match_labels", "with_pixel_values", "paint_groups", "tile"],
     ),
     "errors": ("Errors", "For those who handle what goes wrong. All are subclasses of `TocomError`.", []),
 }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tocom_hf.cost.flops import count_flops
     from tocom_hf.cost.timing import DegreeCost
     from tocom_hf.data.images import load_images, with_pixel_values
+    from tocom_hf.data.labels import match_labels
     from tocom_hf.distillation.arguments import DistillationArguments
     from tocom_hf.distillation.distill import distill
     from tocom_hf.errors import (
@@ -77,6 +78,7 @@ __all__ = [
     "evaluate_degrees",
     "fit_scales",
     "load_images",
+    "match_labels",
     "paint_groups",
     "pick_scale",
     "remove_tome",
@@ -101,6 +103,7 @@ _MODULES = {
     "evaluate_degrees": "evaluation.degrees",
     "fit_scales": "scales.fitting",
     "load_images": "data.images",
+    "match_labels": "data.labels",
     "paint_groups": "visualization",
     "pick_scale": "scales.choice",
     "remove_tome": "merging.patching",

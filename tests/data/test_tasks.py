@@ -92,3 +92,19 @@ def test_validation_images_must_not_be_tested_on(folder):
     require_disjoint(load("test[:20]"), load("test[20:]"))
     with pytest.raises(DatasetError, match="20 images are in the validation split and in the test split"):
         require_disjoint(load("test[:20]"), load("test"))
+
+
+def test_files_that_count_the_classes_differently_are_refused(tmp_path):
+    """The library takes the names of the first file for all, so that the labels of the other mean something else."""
+    images = [Image.new("RGB", (2, 2))] * 3
+    for file, names in (("train", ["a", "b", "c"]), ("test", ["c", "a", "b"]), ("validation", ["a", "b", "c"])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        data = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 2]}, features=features)
+        data.to_parquet(tmp_path / "data" / f"{file}.parquet")
+    with pytest.raises(
+        DatasetError, match=r"test\.parquet and .*train\.parquet have other names .* Give the path of one"
+    ):
+        load_labelled(str(tmp_path / "data"), "test")
+    assert load_labelled(str(tmp_path / "data/test.parquet"), "test")[0].features["label"].names == ["c", "a", "b"]
+    (tmp_path / "data/test.parquet").unlink()
+    assert len(load_labelled(str(tmp_path / "data"), "validation")[0]) == 3

@@ -1,12 +1,17 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """The labelled data sets of the paper by name: where they are on the Hub, and which columns and splits they have."""
 
+import contextlib
 import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 
 from tocom_hf.data.images import load_images
+from tocom_hf.data.labels import require_labels
 from tocom_hf.errors import DatasetError
 
 
@@ -91,17 +96,19 @@ def load_labelled(
         The data set with the columns `image` and `label`, and the number of classes.
 
     Raises:
-        DatasetError: if it cannot be loaded, is empty, or lacks a column, a split, or the label of an image.
+        DatasetError: if it cannot be loaded, is empty, or lacks a column, a split, or the label of an image, or if its
+            parquet files count the classes differently.
     """
     task = TASKS.get(name)
     if task is None:
+        _require_one_order(Path(name), label_column)
         found = load_images(
             name, config_name=config_name, split=split, image_column=image_column, label_column=label_column
         )
         found = _rename(found, image_column, label_column)
-        _require_labels(found, name, split)
+        labels = require_labels(found, source=f"the split {split!r} of {name!r}")
         feature = found.features["label"]
-        return found, getattr(feature, "num_classes", None) or max(found["label"]) + 1
+        return found, getattr(feature, "num_classes", None) or max(labels) + 1
     if split not in _SPLITS:
         raise DatasetError(f"{name!r} has the splits {', '.join(_SPLITS)}; got {split!r}.")
     drawn = task.validation is None and split != "test"
@@ -117,7 +124,7 @@ def load_labelled(
         start, stop = {"train": (0, training), "validation": (training, end), "train+validation": (0, end)}[split]
         found = found.shuffle(seed=_SEED).select(range(start, min(stop, len(found))))
     found = _rename(found, task.image_column, task.label_column)
-    _require_labels(found, name, split)
+    require_labels(found, source=f"the split {split!r} of {name!r}")
     return found, task.num_classes
 
 
@@ -126,12 +133,21 @@ def _rename(dataset: datasets.Dataset, image_column: str, label_column: str) -> 
     return dataset.rename_columns(names) if names else dataset
 
 
-def _require_labels(dataset: datasets.Dataset, name: str, split: str) -> None:
-    missing = sum(label is None or label < 0 for label in dataset["label"])
-    if missing:
+def _require_one_order(folder: Path, label_column: str) -> None:
+    """Refuse parquet files that name their classes differently: datasets takes the names of one file for all."""
+    found: dict[tuple[str, ...], Path] = {}
+    for path in sorted(folder.rglob("*.parquet")) if folder.is_dir() else ():
+        # datasets says what is wrong with a file that cannot be read
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            recorded = json.loads((pyarrow.parquet.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))
+            feature = recorded.get("info", {}).get("features", {}).get(label_column, {})
+            if feature.get("names"):
+                found.setdefault(tuple(feature["names"]), path)
+    if len(found) > 1:
+        first, second = list(found.values())[:2]
         raise DatasetError(
-            f"{missing} of the {len(dataset)} images of the split {split!r} of {name!r} have no label (None or "
-            "negative), as in test splits whose labels are secret. Name a split with labels, or filter them out."
+            f"{first} and {second} have other names for their classes, or another order of them, but a data set of "
+            "several files has one. Give the path of one file, or write the files anew with the same ClassLabel."
         )
 
 
