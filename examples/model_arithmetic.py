@@ -30,6 +30,7 @@ COMMAND = "model_arithmetic.py"
 
 with extras_or_exit(COMMAND):
     from tocom_hf.data.images import with_pixel_values
+    from tocom_hf.data.labels import match_labels
     from tocom_hf.data.tasks import load_labelled
     from tocom_hf.evaluation.grid import estimate, evaluate_checkpoint
 
@@ -98,6 +99,7 @@ def add_and_measure(args: argparse.Namespace) -> None:
                 image_column=args.image_column,
                 label_column=args.label_column,
             )
+        images = match_labels(images, load_config(checkpoint))
         test = with_pixel_values(images, load_processor(checkpoint), label_column="label")
 
         def right(model: TocomModel, test=test) -> torch.Tensor:

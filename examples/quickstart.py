@@ -18,7 +18,7 @@ COMMAND = "quickstart.py"
 with extras_or_exit(COMMAND):
     import matplotlib
 
-    from tocom_hf import DegreeResult, TocomModel, evaluate_degrees, load_images, with_pixel_values
+    from tocom_hf import DegreeResult, TocomModel, evaluate_degrees, load_images, match_labels, with_pixel_values
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -70,7 +70,7 @@ def compare(args: argparse.Namespace) -> None:
     model = TocomModel.from_pretrained(args.model_name_or_path, plugins=args.plugins, source_r=args.source_r)
     processor = load_processor(args.model_name_or_path)
     images = load_images(args.dataset_name, split=args.dataset_split, label_column="label")
-    dataset = with_pixel_values(images, processor, label_column="label")
+    dataset = with_pixel_values(match_labels(images, model.config), processor, label_column="label")
     print(f"{len(images)} images of {Path(args.dataset_name).name}, weights trained at r = {model.source_r}")
     results = evaluate_degrees(model, dataset, args.target_r)
     print_table(results)

@@ -163,7 +163,7 @@ WRONG_USE = [
     (
         "evaluate",
         ["--checkpoints", NOWHERE, "--target_r", "4", *TRAINING],
-        f"The image processor of '{NOWHERE}' cannot be loaded",
+        f"The model '{NOWHERE}' cannot be loaded",
     ),
     (
         "evaluate",

@@ -7,6 +7,8 @@ at the target reaches. The scale is picked on the validation split, by its label
     tocom evaluate --checkpoints cub-r0 cub-r8 cub-r16 --plugins tocom-deit-base --dataset_name cub-200 \\
         --target_r 0 8 16 --output_dir results/cub-200
 
+The classes of the data set are matched with those of each checkpoint by their names.
+
 `--dataset_name` takes a name of `tocom_hf.data.tasks.TASKS` (cifar-100, cub-200, cars, dogs, flowers,
 vtab-1k/svhn, ...), a Hub name, a folder of images or of parquet files, or a parquet file. On several devices:
 `accelerate launch -m tocom_hf.cli.evaluate` with the same options.
@@ -21,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tocom_hf.cli.endings import CommandParser, positive_integer, run_command
-from tocom_hf.cli.loading import load_processor, make_accelerator
-from tocom_hf.errors import ArgumentError, DatasetError
+from tocom_hf.cli.loading import load_config, load_processor, make_accelerator
+from tocom_hf.errors import ArgumentError
 
 
 if TYPE_CHECKING:
@@ -96,22 +98,14 @@ def for_each(checkpoints: list, values: list, option: str) -> list:
     return values * len(checkpoints) if len(values) == 1 else values
 
 
-def require_classes(dataset: "datasets.Dataset", split: str, config: Any, checkpoint: str) -> None:
-    """Check that the labels of a split mean what they mean to a checkpoint."""
-    highest = max(dataset["label"])
-    if highest >= config.num_labels:
-        raise DatasetError(
-            f"The {split} split has the label {highest}, but {checkpoint} knows {config.num_labels} classes."
-        )
-    names = getattr(dataset.features["label"], "names", None) or []
-    known = [config.id2label[index] for index in range(config.num_labels)]
-    if names != known and sorted(names) == sorted(known):
-        index = next(i for i, (name, own) in enumerate(zip(names, known, strict=True)) if name != own)
-        raise DatasetError(
-            f"The classes of the {split} split are those of {checkpoint} in another order: {index} is {names[index]!r} "
-            f"there and {known[index]!r} to the checkpoint. Bring the data set into its order with "
-            "dataset.align_labels_with_mapping(config.label2id, 'label')."
-        )
+def require_classifiers(checkpoints: Sequence[str]) -> None:
+    """Look at what the checkpoints are before any data are loaded."""
+    from tocom_hf.evaluation.classifiers import require_classifier
+    from tocom_hf.model.loading import model_class_of
+
+    for checkpoint in checkpoints:
+        config = load_config(checkpoint)
+        require_classifier(config, model_class_of(config).__name__, checkpoint)
 
 
 def require_folder(path: Path) -> None:
@@ -160,10 +154,12 @@ def require_runnable(
     args: argparse.Namespace, plugins: "list[PluginSet | None]", splits: "dict[str, datasets.Dataset]"
 ) -> None:
     """Look at every checkpoint before the first of them runs, one at a time in memory."""
-    for index, checkpoint in enumerate(args.checkpoints):
+    from tocom_hf.data.labels import match_labels
+
+    for index in range(len(args.checkpoints)):
         model = load_checkpoint(args, plugins, index)
-        for split, dataset in splits.items():
-            require_classes(dataset, split, model.config, checkpoint)
+        for dataset in splits.values():
+            match_labels(dataset, model.config)
         if model.plugins is None:
             continue
         for degree in args.target_r:
@@ -177,6 +173,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from tocom_hf.cost.flops import Example
     from tocom_hf.cost.timing import measure_costs
     from tocom_hf.data.images import with_pixel_values
+    from tocom_hf.data.labels import match_labels
     from tocom_hf.evaluation.grid import evaluate_checkpoint
     from tocom_hf.evaluation.reports import Report
     from tocom_hf.merging.architectures import find_backbone
@@ -189,6 +186,7 @@ def evaluate(args: argparse.Namespace) -> None:
     for scale in (*scales, *args.fixed_scales):
         require_scale(scale)
     for_each(args.checkpoints, args.source_r or [None], "--source_r")
+    require_classifiers(args.checkpoints)
     plugins = open_plugins(args)
     with accelerator.main_process_first():
         splits = load_splits(args)
@@ -201,7 +199,8 @@ def evaluate(args: argparse.Namespace) -> None:
     for index, checkpoint in enumerate(args.checkpoints):
         model = load_checkpoint(args, plugins, index)
         processed = {
-            name: with_pixel_values(split, processors[index], label_column="label") for name, split in splits.items()
+            name: with_pixel_values(match_labels(split, model.config), processors[index], label_column="label")
+            for name, split in splits.items()
         }
         runs += evaluate_checkpoint(
             model,

@@ -11,6 +11,7 @@ from tocom_hf.cost.flops import Example
 from tocom_hf.cost.timing import DegreeCost, measure_costs
 from tocom_hf.devices import evaluation_mode
 from tocom_hf.errors import DatasetError
+from tocom_hf.evaluation.classifiers import require_classifier_model
 from tocom_hf.merging.architectures import find_backbone
 from tocom_hf.model.tocom_model import TocomModel
 
@@ -88,7 +89,7 @@ def evaluate_degrees(
 
     Args:
         model: A classifier with plugins.
-        dataset: Samples with `pixel_values` and `labels`.
+        dataset: Samples with `pixel_values` and `labels`, the latter as the model counts its classes (`match_labels`).
         degrees: The degrees to compare.
         batch_size: Images per forward pass, for accuracy and throughput alike.
 
@@ -98,6 +99,7 @@ def evaluate_degrees(
     Raises:
         DatasetError: if the data set is empty.
         DegreeError: if a degree is outside the plugin set.
+        UnsupportedModelError: if the model has no head, or one for regression or for several labels an image.
 
     Example:
 
@@ -113,6 +115,7 @@ def evaluate_degrees(
 
     ```
     """
+    require_classifier_model(model)
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise DatasetError("There are no images to evaluate on.")
     if model.plugins is not None:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tocom_hf.devices import evaluation_mode
 from tocom_hf.distillation.objectives import OBJECTIVES
 from tocom_hf.errors import ArgumentError, DatasetError
+from tocom_hf.evaluation.classifiers import require_classifier_model
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.scales.choice import PAPER_SCALES, WIDE_SCALES
 
@@ -127,7 +128,7 @@ def evaluate_checkpoint(
             left as it was.
         name: What to call it.
         degrees: The target degrees. At its own degree there is nothing to compensate.
-        test: Samples with `pixel_values` and `labels`.
+        test: Samples with `pixel_values` and `labels`, the latter as the model counts its classes (`match_labels`).
         validation: The same, of which no image is in `test`, to pick the scale on. `None` to run at `fixed_scales`
             only.
         scales: The scales to pick from.
@@ -144,7 +145,9 @@ def evaluate_checkpoint(
         DatasetError: if a data set is empty.
         DegreeError: if a degree is outside the plugin set.
         ArgumentError: if there are validation images but no scales to pick from.
+        UnsupportedModelError: if the model has no head, or one for regression or for several labels an image.
     """
+    require_classifier_model(model)
     accelerator = accelerator or Accelerator()
     if validation is not None and not scales:
         raise ArgumentError("There are validation images but no scales to pick from. Give scales, e.g. PAPER_SCALES.")
