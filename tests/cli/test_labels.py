@@ -3,12 +3,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from helpers.paths import ROOT
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from tocom_hf import with_pixel_values
 
@@ -138,3 +139,33 @@ def test_models_without_an_accuracy_are_refused_before_data_are_loaded(refused, 
     )  # fmt: skip
     assert "UnsupportedModelError: " in error
     assert message in error
+
+
+FINETUNE = (
+    "finetune", "--per_device_train_batch_size", 4, "--report_to", "none", "--output_dir", "tuned", "--max_steps", 1,
+    "--learning_rate", 0, "--save_strategy", "no",
+)  # fmt: skip
+
+
+def test_finetune_keeps_the_order_of_a_head(run, data_set, checkpoint):
+    """At a learning rate of 0 the head stays as good as it was, so that the accuracy is 1 for the right order only."""
+    backwards = list(range(9, -1, -1))
+    data = data_set([WORDS[digit].upper() for digit in backwards], backwards)
+    code, _, errors = run(
+        *FINETUNE, "--model_name_or_path", checkpoint(WORDS), "--dataset_name", data,
+        "--train_split", "train[:10]", "--eval_split", "test[10:]",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert json.loads(Path("tuned/eval_results.json").read_text())["eval_accuracy"] == 1
+    config = AutoConfig.from_pretrained("tuned")
+    assert [config.id2label[index] for index in range(10)] == [word.upper() for word in WORDS]
+    assert config.label2id["NINE"] == 9
+
+
+def test_finetune_on_other_classes_takes_the_order_of_the_data(run, data_set):
+    names = ["cherry", "apple", *(f"fruit {index}" for index in range(8))]
+    data = data_set(names, list(range(10)))
+    code, _, errors = run(*FINETUNE, "--model_name_or_path", CHECKPOINT, "--dataset_name", data)
+    assert code == 0, errors
+    config = AutoConfig.from_pretrained("tuned")
+    assert [config.id2label[index] for index in range(10)] == names

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tocom_hf.cli.endings import run_command
 from tocom_hf.cli.loading import load_config, load_model, load_processor, refused_input
-from tocom_hf.errors import ArgumentError
+from tocom_hf.errors import ArgumentError, DatasetError
 
 
 if TYPE_CHECKING:
@@ -112,23 +112,16 @@ def compute_accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
 
 
-def find_start(
-    script: ScriptArguments, training: "TrainingArguments", train: "datasets.Dataset", num_labels: int
-) -> "tuple[str, PreTrainedConfig]":
-    """Where the weights come from that the training starts with, and their configuration, for the labels of the data.
+def find_start(script: ScriptArguments, training: "TrainingArguments") -> "tuple[str, PreTrainedConfig]":
+    """Where the weights come from that the training starts with, and their configuration.
 
     Trainer does not convert the key names that transformers writes, so the weights to resume from are loaded here, and
     the best ones at the end. Checkpoints of LoRA hold adapters alone, which it does load.
     """
-    feature = train.features["label"]
-    labels: dict[str, Any] = {"num_labels": num_labels}
-    if hasattr(feature, "names"):
-        label2id = {name: index for index, name in enumerate(feature.names)}
-        labels = {"id2label": dict(enumerate(feature.names)), "label2id": label2id}
     start = script.model_name_or_path
     if training.resume_from_checkpoint and not script.lora_rank:
         start = training.resume_from_checkpoint
-    config = load_config(start, **labels)
+    config = load_config(start)
     # the degree that the checkpoint was trained at; this run makes a new one
     recorded = config.__dict__.pop("tocom", None)
     if start == training.resume_from_checkpoint and recorded and recorded.get("source_r") != script.source_r:
@@ -139,11 +132,82 @@ def find_start(
     return start, config
 
 
+def require_several_classes(script: ScriptArguments, train: "datasets.Dataset", num_labels: int) -> None:
+    """Refuse data that a classifier cannot be trained on, or only in part."""
+    from tocom_hf.data.tasks import TASKS
+
+    occurring = set(train["label"][:])
+    names = getattr(train.features["label"], "names", None)
+    if len(occurring) < 2:
+        (only,) = occurring
+        raise DatasetError(
+            f"All {len(train)} images of the split {script.train_split!r} are of one class "
+            f"({only if names is None else names[only]}), so that there is nothing to tell apart. Data sets are often "
+            "sorted by class: name a split, or a slice of one, that has several."
+        )
+    absent = num_labels - len(occurring)
+    if names is None and absent > len(occurring) and script.dataset_name not in TASKS:
+        raise DatasetError(
+            f"The labels of the split {script.train_split!r} go up to {max(occurring)}, but only {len(occurring)} of "
+            f"these {num_labels} numbers occur, and they have no names. A head has an output for every number. Count "
+            "the classes from 0 on without gaps, for example with Dataset.class_encode_column."
+        )
+
+
+def find_labels(
+    train: "datasets.Dataset", num_labels: int, config: "PreTrainedConfig", resumed: bool
+) -> dict[int, str]:
+    """The name of every output of the head.
+
+    A head that was trained for the same classes keeps its order. Else the order is that of the data set.
+    """
+    from tocom_hf.data.class_names import are_numbered, match_names
+    from tocom_hf.data.labels import class_names_of, match_labels
+
+    known = class_names_of(config)
+    names = getattr(train.features["label"], "names", None)
+    if resumed and len(known) != num_labels:
+        raise DatasetError(
+            f"{config.name_or_path} was trained on {len(known)} classes, and the data set has {num_labels}. Pass the "
+            "data set of the run that is resumed."
+        )
+    if names is None:
+        names = known if len(known) == num_labels else [f"LABEL_{index}" for index in range(num_labels)]
+        return dict(enumerate(names))
+    if len(known) == len(names):
+        order = match_names(names, known).order
+        places = [place for place in order if place is not None]
+        if len(places) == len(names):
+            return dict(sorted(zip(places, names, strict=True)))
+    if resumed and not are_numbered(known):
+        match_labels(train, config)
+    return dict(enumerate(names))
+
+
+def label_for_training(config: "PreTrainedConfig", id2label: dict[int, str]) -> None:
+    """Make a configuration one of a classifier of these classes, of which each image has one."""
+    from transformers.utils import logging
+
+    # a child of transformers' logger: its verbosity holds for ours
+    logger = logging.get_logger(f"transformers.{__name__}")
+    problem = config.problem_type
+    if problem not in (None, "single_label_classification"):
+        logger.warning(
+            f"{config.name_or_path} was trained with problem_type {problem!r}. Here each image has one label, so it is "
+            "trained on with problem_type 'single_label_classification', which the result records."
+        )
+    config.id2label = id2label
+    config.label2id = {name: index for index, name in id2label.items()}
+    config.problem_type = "single_label_classification"
+
+
 def finetune(arguments: "tuple[ScriptArguments, TrainingArguments]") -> None:
     import torch
     from transformers import AutoModelForImageClassification, Trainer, set_seed
 
+    from tocom_hf.cli.fine_tunable import classifier_config, find_classifier, load_classifier, require_mergeable
     from tocom_hf.data.images import require_different_images, with_pixel_values
+    from tocom_hf.data.labels import class_names_of, match_labels, match_labels_to
     from tocom_hf.model.tocom_model import TocomModel
 
     script, training = arguments
@@ -151,17 +215,24 @@ def finetune(arguments: "tuple[ScriptArguments, TrainingArguments]") -> None:
     training.label_names = ["labels"]  # Trainer does not look for them inside of a PEFT model
     set_seed(training.seed)
 
+    start, config = find_start(script, training)
+    classifier = find_classifier(config, start)
+    require_mergeable(config, script.source_r)
+    processor = load_processor(script.model_name_or_path)
     if script.eval_split:
         require_different_images(script.dataset_name, script.train_split, script.eval_split)
     train, num_labels = load_split(script, script.train_split)
-    start, config = find_start(script, training, train, num_labels)
-    loaded = load_model(
-        AutoModelForImageClassification, start, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
-    )
-    model = TocomModel.from_pretrained(loaded, source_r=script.source_r)
-    processor = load_processor(script.model_name_or_path)
-
+    require_several_classes(script, train, num_labels)
+    id2label = find_labels(train, num_labels, config, resumed=start != script.model_name_or_path)
+    config = classifier_config(config, classifier)
+    label_for_training(config, id2label)
+    train = match_labels(train, config)
     evaluation = load_split(script, script.eval_split)[0] if script.eval_split else None
+    if evaluation is not None:
+        evaluation = match_labels_to(evaluation, class_names_of(config), f"the split {script.train_split!r}")
+    loaded = load_classifier(classifier, start, config)
+    model = TocomModel.from_pretrained(loaded, source_r=script.source_r)
+
     trained: Any = with_lora(model, script.lora_rank, script.lora_target_modules) if script.lora_rank else model
     with refused_input("Trainer cannot start"):
         trainer = Trainer(
