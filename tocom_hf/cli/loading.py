@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tocom_hf.errors import ArgumentError, TocomError
+from tocom_hf.errors import ArgumentError, TocomError, UnsupportedModelError
 
 
 if TYPE_CHECKING:
@@ -36,14 +36,25 @@ def load_config(name: str | Path, **arguments: Any) -> Any:
     """The configuration of a checkpoint, as AutoConfig loads it."""
     from transformers import AutoConfig
 
+    _require_transformers_checkpoint(name, arguments)
     with refused_input(f"The model {str(name)!r} cannot be loaded"):
         return AutoConfig.from_pretrained(name, **arguments)
 
 
 def load_model(model_class: Any, name: str | Path, **arguments: Any) -> Any:
     """A model of a class of transformers, which may be an Auto class."""
+    _require_transformers_checkpoint(name, arguments)
     with refused_input(f"The model {str(name)!r} cannot be loaded"):
         return model_class.from_pretrained(name, **arguments)
+
+
+def reason_for_foreign(content: dict[str, Any]) -> str:
+    """Why a checkpoint is not supported whose model type transformers does not know."""
+    if "pretrained_cfg" in content:
+        return "It is a checkpoint of timm; `tocom convert --weights` makes one of transformers of its DeiT and ViT."
+    if "auto_map" in content:
+        return "Its class is code of the repository, which is not run; only classes of transformers are supported."
+    return "Its config.json names no model type that this version of transformers knows."
 
 
 def load_processor(name: str | Path, **arguments: Any) -> Any:
@@ -72,3 +83,15 @@ def find_device(name: str | None) -> "torch.device | None":
         device = torch.device(name)
         torch.zeros(1, device=device)
     return device
+
+
+def _require_transformers_checkpoint(name: str | Path, arguments: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another library, before transformers asks for that library or for code."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    with refused_input(f"The model {str(name)!r} cannot be loaded"):
+        content, _ = PreTrainedConfig.get_config_dict(name, revision=arguments.get("revision"))
+    # Without a model type, transformers goes by the name.
+    unknown = content.get("model_type", "vit") not in CONFIG_MAPPING
+    if unknown or "pretrained_cfg" in content:
+        raise UnsupportedModelError(f"The model {str(name)!r} cannot be loaded. {reason_for_foreign(content)}")

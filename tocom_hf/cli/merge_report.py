@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tocom_hf.cli.calibrate import add_measuring_options, check_measuring_options, measuring_device
 from tocom_hf.cli.endings import CommandParser, run_command
-from tocom_hf.cli.loading import refused_input
+from tocom_hf.cli.loading import reason_for_foreign, refused_input
 from tocom_hf.errors import UnsupportedModelError
 
 
@@ -168,15 +168,6 @@ def class_recorded_in(content: dict[str, Any]) -> str:
     if isinstance(names, list) and names:
         return str(names[0])
     return "AutoModel"
-
-
-def reason_for_foreign(content: dict[str, Any]) -> str:
-    """Why a checkpoint is not supported whose model type transformers does not know."""
-    if "pretrained_cfg" in content:
-        return "It is a checkpoint of timm; `tocom convert --weights` makes one of transformers of its DeiT and ViT."
-    if "auto_map" in content:
-        return "Its class is code of the repository, which is not run; only classes of transformers are supported."
-    return "Its config.json names no model type that this version of transformers knows."
 
 
 def build_with_random_weights(name: str, config: Any, part: str | None) -> "PreTrainedModel":
