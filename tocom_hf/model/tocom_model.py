@@ -2,7 +2,6 @@
 """`TocomModel`: a transformers model that merges tokens at one degree with weights trained at another."""
 
 import contextlib
-import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +16,10 @@ from tocom_hf.cost.budget import Budget
 from tocom_hf.cost.calibration import Calibration, choose_degree
 from tocom_hf.errors import BudgetError
 from tocom_hf.merging.architectures import Backbone, find_backbone
-from tocom_hf.merging.patching import get_settings, merging_at, set_merging, unset_merging
-from tocom_hf.merging.subclassing import RuntimeSubclass, runtime_subclass
+from tocom_hf.merging.patching import merging_at, set_merging
+from tocom_hf.merging.subclassing import RuntimeSubclass
 from tocom_hf.model.checkpoint import CHECKPOINT_FILES
+from tocom_hf.model.equipping import equip
 from tocom_hf.model.folding import (
     TocomState,
     checksum,
@@ -151,7 +151,7 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
         if budget is not None:
             target_r = choose_degree(backbone, budget, loaded.degrees, calibration)
         state = TocomState(loaded.source_r, loaded.source_r, loaded.scale, loaded.plugins)
-        return _equip(backbone, state, target_r)
+        return equip(backbone, state, target_r, TocomModel)
 
     @property
     def source_r(self) -> int:
@@ -357,63 +357,3 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
                 copy_weights(composed_weights(state), weights)
                 state.checksums = {path: checksum(weight) for path, weight in weights.items()}
         return self
-
-
-def _equip(backbone: Backbone, state: TocomState, target_r: int) -> TocomModel:
-    """Turn a loaded model into a `TocomModel`, or leave it as it was."""
-    if state.plugins is not None:
-        live_weights(backbone, None)  # what is quantised or offloaded has no weights to know the backbone by
-        state.plugins.check_backbone(backbone)
-        live_weights(backbone, state.target_modules)
-    if isinstance(backbone.model, TocomModel):
-        return _equip_again(backbone, backbone.model, state, target_r)
-    model = backbone.model
-    stock_class = type(model)
-    settings = get_settings(backbone)
-    recorded = model.config.__dict__.get("tocom")
-    try:
-        set_merging(backbone, state.source_r)
-        _own_config(model)
-        model.__class__ = runtime_subclass(TocomModel, stock_class)
-        equipped = cast(TocomModel, model)
-        equipped._tocom = state
-        equipped._tocom_lock = ReadersWriterLock()
-        equipped._tocom_switch = SwitchLock()
-        equipped._switch_alone(backbone, target_r, state.scale)
-    except BaseException:
-        model.__class__ = stock_class
-        for name in ("_tocom", "_tocom_lock", "_tocom_switch"):
-            model.__dict__.pop(name, None)
-        model.config.__dict__.pop("tocom", None)
-        if recorded is not None:
-            model.config.tocom = recorded
-        if settings is None:
-            unset_merging(backbone)
-        else:
-            set_merging(backbone, list(settings.schedule))
-        raise
-    return equipped
-
-
-def _equip_again(backbone: Backbone, model: TocomModel, state: TocomState, target_r: int) -> TocomModel:
-    """Give a `TocomModel` another plugin set, source degree or scale, or leave it as it was."""
-    before = model._tocom
-    model.set_target_r(model.source_r)
-    try:
-        model._adopt(backbone, state)
-        model._switch(target_r, state.scale)
-    except BaseException:
-        model._adopt(backbone, TocomState(before.source_r, before.source_r, before.scale, before.plugins))
-        model._switch(before.target_r, before.scale)
-        raise
-    return model
-
-
-def _own_config(model: PreTrainedModel) -> None:
-    """Give a model a copy of its configuration, which it may share with other models, before degrees go into it."""
-    copies: dict[int, Any] = {}
-    copy.deepcopy(model.config, copies)
-    for module in model.modules():
-        own = copies.get(id(module.__dict__.get("config")))
-        if own is not None:
-            module.config = own
