@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from tocom_hf.cost.budget import Budget
 from tocom_hf.cost.calibration import Calibration, choose_degree
-from tocom_hf.errors import BudgetError
+from tocom_hf.errors import BudgetError, UnsupportedModelError
 from tocom_hf.merging.architectures import Backbone, find_backbone
 from tocom_hf.merging.patching import merging_at, set_merging
 from tocom_hf.merging.subclassing import RuntimeSubclass
@@ -31,6 +31,8 @@ from tocom_hf.model.folding import (
 )
 from tocom_hf.model.loading import PLUGINS_FOLDER, load
 from tocom_hf.model.locks import ReadersWriterLock, SwitchLock
+from tocom_hf.model.state_dicts import mark_composed, require_loadable, require_source_weights
+from tocom_hf.model.weight_names import with_current_names
 from tocom_hf.plugins.cards import CARD_NAME, checkpoint_card
 from tocom_hf.plugins.composition import require_scale
 from tocom_hf.plugins.plugin_set import PLUGIN_FILES, PluginSet
@@ -340,10 +342,36 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
         backbone = find_backbone(self)
         source_weights = verified_source_weights(self._tocom, live_weights(backbone, self._tocom.target_modules))
         if not source_weights:
+            require_source_weights(state_dict)
             return state_dict
         prefix = f"{backbone.path}." if backbone.path else ""
         state_dict = dict(self.state_dict() if state_dict is None else state_dict)
         return state_dict | {f"{prefix}{path}.weight": weight for path, weight in source_weights.items()}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        mark_composed(self._tocom, destination, prefix)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        """Load names that transformers writes, as `Trainer` needs, and no weights of another degree.
+
+        torch calls this for the model before it calls it for its parts, whoever wraps the model.
+        """
+        own = {name.removeprefix(prefix): state_dict[name] for name in state_dict if name.startswith(prefix)}
+        current = with_current_names(self, own)
+        self._require_loadable(current, local_metadata)
+        if current.keys() != own.keys():
+            for name in own:
+                del state_dict[prefix + name]
+            state_dict.update({prefix + name: weight for name, weight in current.items()})
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _require_loadable(self, weights: dict[str, torch.Tensor], local_metadata: dict[str, Any]) -> None:
+        try:
+            path = find_backbone(self).path
+        except UnsupportedModelError:
+            return  # adapters are trained, whose names are not those of the weights
+        require_loadable(self._tocom, path, weights, local_metadata)
 
     def _apply(self, fn, recurse=True):
         """Move or cast the kept source weights along with the parameters, and compose anew in their dtype."""
