@@ -48,15 +48,6 @@ def load_model(model_class: Any, name: str | Path, **arguments: Any) -> Any:
         return model_class.from_pretrained(name, **arguments)
 
 
-def reason_for_foreign(content: dict[str, Any]) -> str:
-    """Why a checkpoint is not supported whose model type transformers does not know."""
-    if "pretrained_cfg" in content:
-        return "It is a checkpoint of timm; `tocom convert --weights` makes one of transformers of its DeiT and ViT."
-    if "auto_map" in content:
-        return "Its class is code of the repository, which is not run; only classes of transformers are supported."
-    return "Its config.json names no model type that this version of transformers knows."
-
-
 def load_processor(name: str | Path, **arguments: Any) -> Any:
     """The image processor of a checkpoint."""
     from transformers import AutoImageProcessor
@@ -88,6 +79,8 @@ def find_device(name: str | None) -> "torch.device | None":
 def _require_transformers_checkpoint(name: str | Path, arguments: dict[str, Any]) -> None:
     """Refuse a checkpoint of another library, before transformers asks for that library or for code."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    from tocom_hf.model.checkpoint import reason_for_foreign
 
     with refused_input(f"The model {str(name)!r} cannot be loaded"):
         content, _ = PreTrainedConfig.get_config_dict(name, revision=arguments.get("revision"))

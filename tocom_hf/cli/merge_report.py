@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tocom_hf.cli.calibrate import add_measuring_options, check_measuring_options, measuring_device
 from tocom_hf.cli.endings import CommandParser, run_command
-from tocom_hf.cli.loading import reason_for_foreign, refused_input
+from tocom_hf.cli.loading import refused_input
 from tocom_hf.errors import UnsupportedModelError
 
 
@@ -141,7 +141,7 @@ def open_checkpoint(name: str, backbone: str | None) -> "tuple[MergeReport, PreT
     from transformers import CONFIG_MAPPING
 
     from tocom_hf.merging.architectures import supported_types, unsupported
-    from tocom_hf.model.checkpoint import Checkpoint
+    from tocom_hf.model.checkpoint import Checkpoint, reason_for_foreign
     from tocom_hf.storage.repository import read_json
 
     checkpoint = Checkpoint(name, {})

@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from tocom_hf.errors import ArgumentError, HubError, PluginFileError, UnsupportedModelError
+from tocom_hf.model.completeness import require_whole_backbone
 from tocom_hf.plugins.adapters import ADAPTER_CONFIG
 from tocom_hf.storage.repository import DOWNLOAD_ARGUMENTS, Repository, read_json, require_small_header
 
@@ -69,7 +70,11 @@ class Checkpoint:
         """
         if isinstance(override, PreTrainedConfig):
             return override, arguments
-        if _asks_for_kernels(read_json(self.repository.path(CONFIG_NAME))):
+        content = read_json(self.repository.path(CONFIG_NAME))
+        if override is None and content.get("model_type") not in list(CONFIG_MAPPING):
+            error_class = UnsupportedModelError if _is_of_other_code(content) else PluginFileError
+            raise error_class(f"The checkpoint {self.name} cannot be loaded. {reason_for_foreign(content)}")
+        if _asks_for_kernels(content):
             raise PluginFileError(
                 f"{CONFIG_NAME} of {self.name} asks for an attention kernel of the Hub, which is code. "
                 "Pass attn_implementation=... if you want one."
@@ -89,6 +94,32 @@ class Checkpoint:
                 f"{SAFE_WEIGHTS_NAME}, whole or in shards, is loaded."
             )
         return config, {**rest, **automatic}
+
+    def load(self, model_class: Any, config: PreTrainedConfig, arguments: dict[str, Any]) -> PreTrainedModel:
+        """Download the weights and load the model, of which all of the backbone must be there.
+
+        Args:
+            model_class: A class of transformers.
+            config: The configuration.
+            arguments: Other keyword arguments of its `from_pretrained`.
+
+        Raises:
+            PluginFileError: if transformers cannot load it, or would start a part of the backbone at random.
+        """
+        self.fetch_weights(arguments.get("variant"))
+        try:
+            model, report = model_class.from_pretrained(
+                self.folder, config=config, use_safetensors=True, output_loading_info=True, **arguments
+            )
+        except Exception as error:  # whatever transformers makes of a configuration that does not fit the weights
+            if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+                raise  # the caller's
+            self.repository.require_unchanged()
+            raise PluginFileError(f"The checkpoint {self.name} cannot be loaded: {error!r:.500}") from error
+        self.repository.require_unchanged()
+        require_whole_backbone(model, str(self.name), report)
+        model.name_or_path = model.config._name_or_path = str(self.name)  # not the folder in the cache
+        return model
 
     def fetch_weights(self, variant: str | None = None) -> None:
         """Download the weights, and check what can be checked before transformers reads them."""
@@ -119,6 +150,27 @@ class Checkpoint:
             if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
                 raise PluginFileError(f"{index} of {self.name} lists {name!r}, which is not the name of a shard.")
             require_small_header(self.repository.path(name))
+
+
+def reason_for_foreign(content: dict[str, Any]) -> str:
+    """Why a checkpoint is not supported whose model type transformers does not know.
+
+    Args:
+        content: Its config.json.
+    """
+    if _is_of_timm(content):
+        return "It is a checkpoint of timm; `tocom convert --weights` makes one of transformers of its DeiT and ViT."
+    if "auto_map" in content:
+        return "Its class is code of the repository, which is not run; only classes of transformers are supported."
+    return "Its config.json names no model type that this version of transformers knows."
+
+
+def _is_of_other_code(content: dict[str, Any]) -> bool:
+    return _is_of_timm(content) or "auto_map" in content
+
+
+def _is_of_timm(content: dict[str, Any]) -> bool:
+    return "pretrained_cfg" in content or "architecture" in content
 
 
 def _asks_for_kernels(content: Any) -> bool:

@@ -101,16 +101,7 @@ def _load(model: Any, plugins: Any, source_r: Any, target_r: Any, scale: Any, kw
             "(a Hub id, a folder or a PluginSet). For merging without compensation use apply_tome(model, r)."
         )
     if checkpoint is not None:
-        checkpoint.fetch_weights(kwargs.get("variant"))
-        try:
-            model = model_class.from_pretrained(checkpoint.folder, config=config, use_safetensors=True, **kwargs)
-        except Exception as error:  # whatever transformers makes of a configuration that does not fit the weights
-            if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
-                raise  # the caller's
-            checkpoint.repository.require_unchanged()
-            raise PluginFileError(f"The checkpoint {checkpoint.name} cannot be loaded: {error!r:.500}") from error
-        checkpoint.repository.require_unchanged()
-        model.name_or_path = model.config._name_or_path = str(checkpoint.name)  # not the folder in the cache
+        model = checkpoint.load(model_class, config, kwargs)
     return Loaded(model, source_r, target_r, scale, plugins)
 
 

@@ -69,7 +69,8 @@ class BackboneFacts:
                 raise BackboneMismatchError(
                     f"{origin}, and this model has its shape but was not fine-tuned from it: their key projections "
                     f"have a cosine similarity of {cosine:.2f} (at least {_MIN_COSINE} expected). "
-                    "Use the plugin set of this model's own pre-trained backbone."
+                    "Use the plugin set of this model's own pre-trained backbone. If transformers reported weights as "
+                    "MISSING when it loaded the model, those are random."
                 )
 
 
