@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from tocom_hf.evaluation.degrees import DegreeResult, evaluate_degrees
     from tocom_hf.merging.patching import apply_tome, remove_tome
     from tocom_hf.merging.tracing import trace_tokens
+    from tocom_hf.model.lora import load_lora
     from tocom_hf.model.tocom_model import TocomModel
     from tocom_hf.plugins.plugin_set import PluginSet, save_composite
     from tocom_hf.scales.choice import pick_scale
@@ -78,6 +79,7 @@ __all__ = [
     "evaluate_degrees",
     "fit_scales",
     "load_images",
+    "load_lora",
     "match_labels",
     "paint_groups",
     "pick_scale",
@@ -103,6 +105,7 @@ _MODULES = {
     "evaluate_degrees": "evaluation.degrees",
     "fit_scales": "scales.fitting",
     "load_images": "data.images",
+    "load_lora": "model.lora",
     "match_labels": "data.labels",
     "paint_groups": "visualization",
     "pick_scale": "scales.choice",

@@ -54,8 +54,9 @@ class Checkpoint:
             with contextlib.suppress(PluginFileError, HubError):
                 Repository.open(name, probe=ADAPTER_CONFIG, subfolder=subfolder, **self.download)
                 raise UnsupportedModelError(
-                    f"{name} holds an adapter, not a model. Merge it into its base model first, then compose: "
-                    "TocomModel.from_pretrained(PeftModel.from_pretrained(base, adapter).merge_and_unload(), ...)."
+                    f"{name} holds an adapter, not a model. Name the model that it was trained on beside it: "
+                    f"TocomModel.from_pretrained(base, adapter={str(name)!r}, ...) merges it into the weights "
+                    "first, as load_lora(base, adapter) does and merge_and_unload of PEFT."
                 ) from error
             raise
         self.name, self.subfolder = name, subfolder

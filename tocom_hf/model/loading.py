@@ -14,14 +14,33 @@ from tocom_hf.errors import ArgumentError, DegreeError, PluginFileError, Unsuppo
 from tocom_hf.merging.architectures import supported_types, unsupported
 from tocom_hf.merging.schedule import require_degree
 from tocom_hf.model.checkpoint import Checkpoint
+from tocom_hf.model.lora_files import LoraFiles
+from tocom_hf.model.lora_merging import merge_lora
 from tocom_hf.plugins.composition import require_scale
 from tocom_hf.plugins.plugin_set import PluginSet
+from tocom_hf.storage.repository import DOWNLOAD_ARGUMENTS
 from tocom_hf.storage.transaction import retry_while_saved
 
 
 PLUGINS_FOLDER = "tocom_plugins"
 # a child of transformers' logger: its verbosity holds for ours
 logger = logging.get_logger(f"transformers.{__name__}")
+
+
+class Opened(NamedTuple):
+    """A checkpoint whose weights are still to be loaded.
+
+    Attributes:
+        checkpoint: Its files.
+        model_class: The transformers class to load.
+        config: The configuration.
+        arguments: What is left for `from_pretrained` of that class.
+    """
+
+    checkpoint: Checkpoint
+    model_class: Any
+    config: PreTrainedConfig
+    arguments: dict[str, Any]
 
 
 class Loaded(NamedTuple):
@@ -48,9 +67,36 @@ class Loaded(NamedTuple):
         return range(self.plugins.config.min_r, self.plugins.config.max_r + 1)
 
 
+def open_checkpoint(name: str | Path, arguments: dict[str, Any], adapter: LoraFiles | None = None) -> Opened:
+    """Read the configuration of a checkpoint.
+
+    Args:
+        name: Local folder or Hub id.
+        arguments: Keyword arguments of `from_pretrained`.
+        adapter: An adapter that will be merged into it. Where it brings a head, that is the one to load.
+    """
+    arguments = dict(arguments)
+    if arguments.pop("output_loading_info", False):
+        raise ArgumentError(
+            "output_loading_info is not supported: the result is one model. Load the checkpoint with transformers "
+            "to see what was missing, and pass the loaded model to TocomModel.from_pretrained."
+        )
+    chosen = {"num_labels", "id2label"} & arguments.keys()
+    checkpoint = Checkpoint(name, arguments)
+    config, arguments = checkpoint.config(arguments.pop("config", None), arguments)
+    model_class = model_class_of(config)
+    if adapter is not None and adapter.num_labels is not None:
+        model_class = _class_with_head(model_class, config, adapter)
+        if config.num_labels != adapter.num_labels and not chosen:
+            config.num_labels = adapter.num_labels
+            arguments["ignore_mismatched_sizes"] = True  # of the head, which the adapter replaces
+    return Opened(checkpoint, model_class, config, arguments)
+
+
 def load(
     model: str | Path | PreTrainedModel,
     *,
+    adapter: str | Path | None,
     plugins: str | Path | PluginSet | None,
     source_r: int | None,
     target_r: int | None,
@@ -62,25 +108,31 @@ def load(
     Folders are read in one state: where one is saved anew meanwhile, all is read again.
 
     Args:
-        model, plugins, source_r, target_r, scale: As in `TocomModel.from_pretrained`.
+        model, adapter, plugins, source_r, target_r, scale: As in `TocomModel.from_pretrained`.
         arguments: Its other keyword arguments.
     """
-    return retry_while_saved(lambda: _load(model, plugins, source_r, target_r, scale, dict(arguments)))
+    return retry_while_saved(lambda: _load(model, adapter, plugins, source_r, target_r, scale, arguments))
 
 
-def _load(model: Any, plugins: Any, source_r: Any, target_r: Any, scale: Any, kwargs: dict[str, Any]) -> Loaded:
-    checkpoint = None
+def _load(
+    model: Any, adapter: Any, plugins: Any, source_r: Any, target_r: Any, scale: Any, arguments: dict[str, Any]
+) -> Loaded:
+    opened = lora = None
     if isinstance(model, PreTrainedModel):
+        if adapter is not None:
+            raise ArgumentError(
+                "adapter=... is for a checkpoint. Merge an adapter into a loaded model first: "
+                "TocomModel.from_pretrained(load_lora(model, adapter), ...)."
+            )
         config = model.config
     else:
-        if kwargs.pop("output_loading_info", False):
-            raise ArgumentError(
-                "output_loading_info is not supported: the result is one model. Load the checkpoint with transformers "
-                "to see what was missing, and pass the loaded model to TocomModel.from_pretrained."
-            )
-        checkpoint = Checkpoint(model, kwargs)
-        config, kwargs = checkpoint.config(kwargs.pop("config", None), kwargs)
-        model_class = model_class_of(config)
+        if adapter is not None:
+            download = {name: arguments[name] for name in DOWNLOAD_ARGUMENTS if name in arguments}
+            download.pop("revision", None)  # is the checkpoint's
+            lora = LoraFiles.open(adapter, **download)
+        opened = open_checkpoint(model, arguments, lora)
+        config = opened.config
+    checkpoint = None if opened is None else opened.checkpoint
     # everything that can be wrong is found before weights are loaded or changed
     recorded = getattr(config, "tocom", None) or {}
     if not isinstance(recorded, dict):
@@ -100,9 +152,24 @@ def _load(model: Any, plugins: Any, source_r: Any, target_r: Any, scale: Any, kw
             f"Running at target_r={target_r} a checkpoint of source_r={source_r} needs plugins=... "
             "(a Hub id, a folder or a PluginSet). For merging without compensation use apply_tome(model, r)."
         )
-    if checkpoint is not None:
-        model = checkpoint.load(model_class, config, kwargs)
+    if opened is not None:
+        model = opened.checkpoint.load(opened.model_class, opened.config, opened.arguments)
+    if lora is not None:
+        merge_lora(model, lora)
     return Loaded(model, source_r, target_r, scale, plugins)
+
+
+def _class_with_head(model_class: Any, config: PreTrainedConfig, adapter: LoraFiles) -> Any:
+    """The class for a checkpoint whose head an adapter brings: the one that it was trained on, as far as is known."""
+    recorded = getattr(transformers, adapter.base_class or "", None)
+    if isinstance(recorded, type) and issubclass(recorded, PreTrainedModel) and recorded.config_class is type(config):
+        return recorded
+    if "Classification" in model_class.__name__:
+        return model_class
+    for automatic in (transformers.AutoModelForImageClassification, transformers.AutoModelForAudioClassification):
+        if type(config) in automatic._model_mapping:
+            return automatic
+    return model_class
 
 
 def _resolve_source_r(source_r: int | None, recorded: dict) -> int:

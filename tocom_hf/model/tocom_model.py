@@ -89,6 +89,7 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
         cls,
         pretrained_model_name_or_path: str | Path | PreTrainedModel,
         *,
+        adapter: str | Path | None = None,
         plugins: str | Path | PluginSet | None = None,
         source_r: int | None = None,
         target_r: int | None = None,
@@ -103,6 +104,8 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: Hub id, local folder, or a loaded model, which is changed in place.
+            adapter: Hub id or local folder of a LoRA adapter to merge into the weights of a checkpoint first, as
+                `load_lora` does.
             plugins: Hub id, local folder or `PluginSet` of the model's pre-trained backbone, or one fitted to this
                 checkpoint. Not needed for a model saved by `TocomModel`, which brings its own, nor where both degrees
                 are equal.
@@ -141,6 +144,7 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
             raise TypeError(f"A loaded model takes no loading arguments, got {', '.join(kwargs)}.")
         loaded = load(
             pretrained_model_name_or_path,
+            adapter=adapter,
             plugins=plugins,
             source_r=source_r,
             target_r=target_r,
