@@ -4,14 +4,17 @@
 import re
 
 import pytest
+import torch
 import yaml
 from helpers.families import FAMILIES
 from helpers.hub_server import metadata_errors
 from helpers.models import make_model, make_plugins
 from helpers.paths import ROOT
 from huggingface_hub import ModelCard
+from transformers import AutoModel, AutoModelForAudioClassification, AutoModelForImageClassification
 
 from tocom_hf import PluginSet, TocomModel
+from tocom_hf.merging.architectures import find_backbone
 from tocom_hf.plugins.cards import checkpoint_card, plugin_set_card
 
 
@@ -152,6 +155,36 @@ def test_recorded_text_cannot_break_out_of_its_place(plugins):
     assert "<script" not in card.text
     tree = compile(code(card), "card", "exec", flags=1024)  # the syntax tree only
     assert not [node for node in tree.body if type(node).__name__ == "Import" and node.names[0].name == "os"]
+
+
+CLASSES = [AutoModel, AutoModelForImageClassification, AutoModelForAudioClassification]
+WITH_AND_WITHOUT_A_HEAD = [
+    pytest.param(family, automatic, id=f"{family}-{automatic.__name__}")
+    for family in FAMILIES
+    for automatic in CLASSES
+    if type(family.config()) in automatic._model_mapping
+]
+
+
+@pytest.mark.parametrize(("family", "automatic"), WITH_AND_WITHOUT_A_HEAD)
+def test_the_card_shows_how_peft_alone_loads_a_plugin(family, automatic, tmp_path, monkeypatch):
+    """As it is printed, and with a class that has a head."""
+    plugins = make_plugins(model := family.make(), max_r=2)
+    model.save_pretrained(tmp_path / "org" / "base")
+    plugins.save_pretrained(tmp_path / "user" / "set")
+    monkeypatch.chdir(tmp_path)
+    card = plugin_set_card(plugins.config, "user/set", checkpoint="org/base")
+    block = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)[1]
+    namespace = {}
+    exec(compile(block.replace("AutoModel", automatic.__name__), "card", "exec"), namespace)
+    plain = find_backbone(automatic.from_pretrained("org/base"))
+    adapted = namespace["model"].get_submodule(plain.path)
+    for path, factors in plugins.compose(0, 1).factors.items():
+        layer, weight = adapted.get_submodule(path), plain.module.get_submodule(path).weight
+        inputs = torch.eye(weight.shape[1])
+        expected = (weight + 0.1 * factors.lora_B @ factors.lora_A).T
+        found = layer(inputs) - (0 if layer.bias is None else layer.bias)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)

@@ -21,6 +21,8 @@ CARD_NAME = "README.md"
 AGREEMENT_FIGURE = "agreement.png"
 _TAGS = ["tocom", "token-merging", "vision-transformer", "peft", "lora"]
 _HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
+# their heads sit on a part of a model of images and text, which is not what transformers calls the base model
+_VISION_PARTS = ("clip_vision_model", "siglip_vision_model")
 # entries of `training` that have a place of their own in the card, or are not part of the recipe
 _NOT_RECIPE = ("agreement", "test_accuracy", "hardware", "dataset_id")
 
@@ -65,6 +67,7 @@ def plugin_set_card(
         min_r=config.min_r,
         max_r=config.max_r,
         middle_r=(config.min_r + config.max_r) // 2,
+        backbone=_backbone_of("model", facts.model_type),
         **_inputs(facts.model_type, facts.image_size),
         facts=[
             ("backbone", config.base_model),
@@ -116,6 +119,13 @@ def checkpoint_card(config: PreTrainedConfig, plugins: PluginSetConfig | None, r
         plugins=plugins,
         **_inputs(vision.model_type, getattr(vision, "image_size", None)),
     )
+
+
+def _backbone_of(model: str, model_type: str) -> str:
+    """Code for the backbone of a model with or without a head, which is what PEFT must be given."""
+    if model_type in _VISION_PARTS:
+        return f'getattr({model}, "vision_model", {model})'
+    return f"{model}.base_model"
 
 
 def _layers(config: PluginSetConfig) -> str:
