@@ -5,9 +5,9 @@ import pytest
 import torch
 import transformers as hf
 from helpers.families import COMMON, clip, dino, video_llava
-from helpers.models import describe
+from helpers.models import describe, make_plugins
 
-from tocom_hf import ArgumentError, apply_tome, calibrate, count_flops, remove_tome, trace_tokens
+from tocom_hf import ArgumentError, TocomModel, apply_tome, calibrate, count_flops, remove_tome, trace_tokens
 from tocom_hf.merging.architectures import backbones_in, find_backbone
 from tocom_hf.merging.layers import MergingLayer
 
@@ -111,3 +111,35 @@ def test_a_model_with_one_backbone_may_name_it_too():
     assert merging_parts(model) == ["vision_model"]
     with pytest.raises(ArgumentError, match="'tower' stands for none"):
         apply_tome(hf.ViTModel(hf.ViTConfig(**COMMON)), 4, backbone="tower")
+
+
+@pytest.mark.parametrize("name", ["image_tower", "video_tower"])
+def test_a_checkpoint_of_several_towers_composes_in_the_one_that_is_named(name, tmp_path):
+    plain = video_llava()
+    plain.save_pretrained(tmp_path / "checkpoint")
+    tower = getattr(plain.model, name)
+    plugins = make_plugins(tower)
+    with pytest.raises(ArgumentError, match="2 backbones"):
+        TocomModel.from_pretrained(tmp_path / "checkpoint", plugins=plugins, source_r=0, target_r=4)
+    model = TocomModel.from_pretrained(tmp_path / "checkpoint", plugins=plugins, source_r=0, target_r=4, backbone=name)
+    alone = TocomModel.from_pretrained(tower, plugins=plugins, source_r=0, target_r=4)
+    pixel_values = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = getattr(model.model, name)(pixel_values).last_hidden_state
+        assert torch.equal(found, alone(pixel_values).last_hidden_state)
+        # it stays the one that plugins are composed in, whatever the other does
+        other = "video_tower" if name == "image_tower" else "image_tower"
+        apply_tome(model, 3, backbone=other)
+        model.set_target_r(6)
+        alone.set_target_r(6)
+        assert torch.equal(
+            getattr(model.model, name)(pixel_values).last_hidden_state, alone(pixel_values).last_hidden_state
+        )
+        remove_tome(model, backbone=other)
+        # and the checkpoint records it
+        model.save_pretrained(tmp_path / "saved")
+        again = TocomModel.from_pretrained(tmp_path / "saved")
+        assert (again.target_r, again.config.tocom["backbone"]) == (6, f"model.{name}")
+        assert torch.equal(
+            getattr(again.model, name)(pixel_values).last_hidden_state, alone(pixel_values).last_hidden_state
+        )

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tocom_hf.errors import PluginFileError
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.architectures import backbones_in
 
 
 # parts of a backbone that serve a head, or pre-training alone, and that published checkpoints may lack
@@ -33,9 +33,9 @@ def require_whole_backbone(model: PreTrainedModel, name: str, report: dict[str, 
         PluginFileError: if the checkpoint lacked some, or had some of another shape.
     """
     missing = set(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]}
-    path = find_backbone(model).path
-    prefix = f"{path}." if path else ""
-    lost = sorted(key for key in missing if key.startswith(prefix) and not _OPTIONAL & {*key.split(".")})
+    paths = [backbone.path for backbone in backbones_in(model)]
+    prefixes = tuple(f"{path}." if path else "" for path in paths)
+    lost = sorted(key for key in missing if key.startswith(prefixes) and not _OPTIONAL & {*key.split(".")})
     if not lost:
         return
     wrapper = _find_wrapper(missing, report["unexpected_keys"])

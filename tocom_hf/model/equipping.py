@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from tocom_hf.merging.architectures import Backbone
+from tocom_hf.merging.architectures import Backbone, backbones_in
 from tocom_hf.merging.patching import get_settings, set_merging, unset_merging
 from tocom_hf.merging.subclassing import runtime_subclass
 from tocom_hf.model.folding import TocomState, live_weights
@@ -38,12 +38,13 @@ def equip(backbone: Backbone, state: TocomState, target_r: int, mixin: type) -> 
         model.__class__ = runtime_subclass(mixin, stock_class)
         equipped: Any = model
         equipped._tocom = state
+        equipped._tocom_path = backbone.path if len(backbones_in(model)) > 1 else None
         equipped._tocom_lock = ReadersWriterLock()
         equipped._tocom_switch = SwitchLock()
         equipped._switch_alone(backbone, target_r, state.scale)
     except BaseException:
         model.__class__ = stock_class
-        for name in ("_tocom", "_tocom_lock", "_tocom_switch"):
+        for name in ("_tocom", "_tocom_path", "_tocom_lock", "_tocom_switch"):
             model.__dict__.pop(name, None)
         model.config.__dict__.pop("tocom", None)
         if recorded is not None:

@@ -51,6 +51,7 @@ class Loaded(NamedTuple):
         source_r, target_r: The degrees.
         scale: The factor s asked for, or `None`.
         plugins: The plugin set, with what lies between the degrees read, or `None`.
+        backbone: What the checkpoint records of the part that merges, where the model has several that could.
     """
 
     model: PreTrainedModel
@@ -58,6 +59,7 @@ class Loaded(NamedTuple):
     target_r: int
     scale: float | None
     plugins: PluginSet | None
+    backbone: str | None
 
     @property
     def degrees(self) -> Sequence[int]:
@@ -156,7 +158,7 @@ def _load(
         model = opened.checkpoint.load(opened.model_class, opened.config, opened.arguments)
     if lora is not None:
         merge_lora(model, lora)
-    return Loaded(model, source_r, target_r, scale, plugins)
+    return Loaded(model, source_r, target_r, scale, plugins, recorded.get("backbone"))
 
 
 def _class_with_head(model_class: Any, config: PreTrainedConfig, adapter: LoraFiles) -> Any:

@@ -76,6 +76,7 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
     """
 
     _tocom: TocomState
+    _tocom_path: str | None
     _tocom_lock: ReadersWriterLock
     _tocom_switch: SwitchLock
 
@@ -98,6 +99,7 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
         target_latency_ms: float | None = None,
         target_gflops: float | None = None,
         calibration: Calibration | str | Path | None = None,
+        backbone: str | None = None,
         **kwargs: Any,
     ) -> "TocomModel":
         """Load a model, merge `target_r` tokens in every layer, and compensate for the change from `source_r`.
@@ -119,6 +121,8 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
                 the model is loaded to, unless a calibration is given.
             calibration: What `calibrate` measured, for other batch sizes, devices or machines; or a file that holds it,
                 which is written if it is missing.
+            backbone: Which part merges, for models with several that could; as in `apply_tome`. Not needed for
+                checkpoints whose configuration records it.
             **kwargs: Passed to the model class's own `from_pretrained` (`dtype`, `revision`, `token`, ...).
 
         Returns:
@@ -130,17 +134,18 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
             BackboneMismatchError: if the plugin set belongs to another backbone.
             PluginFileError: if the checkpoint or the plugin set cannot be read, or is not what it should be.
             HubError: if the Hub refuses or fails a request, or cannot be reached.
-            ArgumentError: if code or pickled weights were to be loaded (`trust_remote_code`, `use_safetensors=False`).
+            ArgumentError: if code or pickled weights were to be loaded (`trust_remote_code`, `use_safetensors=False`);
+                if several parts could merge and `backbone` does not name one.
             BudgetError: if a wanted cost is given twice, beside `target_r`, or cannot be reached.
             CalibrationError: if the calibration cannot be read or belongs to another model.
         """
         budget = Budget.of(target_speedup, target_latency_ms, target_gflops)
         if budget is not None and target_r is not None:
             raise BudgetError(f"Give target_r or {budget.name}, not both.")
-        backbone = None
+        given = None
         if isinstance(pretrained_model_name_or_path, nn.Module):
-            backbone = find_backbone(pretrained_model_name_or_path)
-        if backbone is not None and kwargs:
+            given = find_backbone(pretrained_model_name_or_path, backbone)
+        if given is not None and kwargs:
             raise TypeError(f"A loaded model takes no loading arguments, got {', '.join(kwargs)}.")
         loaded = load(
             pretrained_model_name_or_path,
@@ -151,13 +156,12 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
             scale=scale,
             arguments=kwargs,
         )
-        if backbone is None:
-            backbone = find_backbone(loaded.model)
+        found = find_backbone(loaded.model, backbone or loaded.backbone) if given is None else given
         target_r = loaded.target_r
         if budget is not None:
-            target_r = choose_degree(backbone, budget, loaded.degrees, calibration)
+            target_r = choose_degree(found, budget, loaded.degrees, calibration)
         state = TocomState(loaded.source_r, loaded.source_r, loaded.scale, loaded.plugins)
-        return equip(backbone, state, target_r, TocomModel)
+        return equip(found, state, target_r, TocomModel)
 
     @property
     def source_r(self) -> int:
@@ -218,9 +222,13 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
             )
         return super().train(mode)
 
+    def _backbone(self) -> Backbone:
+        """The part that merges, which is named where there are several that could."""
+        return find_backbone(self, self._tocom_path)
+
     def _switch(self, target_r: int, scale: float | None) -> None:
         with self._tocom_switch:  # one switch at a time; forward calls go on while it composes
-            self._switch_alone(find_backbone(self), target_r, scale)
+            self._switch_alone(self._backbone(), target_r, scale)
 
     def _switch_alone(self, backbone: Backbone, target_r: int, scale: float | None) -> None:
         state = self._tocom
@@ -258,6 +266,8 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
         set_merging(backbone, state.target_r, proportional_attention=proportional_attention, bound=True)
         self._tocom = state
         self.config.tocom = {"source_r": state.source_r, "target_r": state.target_r, "scale": state.scale}
+        if self._tocom_path is not None:
+            self.config.tocom["backbone"] = self._tocom_path
         if state.plugins is not None:
             self.config.tocom["plugins"] = PLUGINS_FOLDER
 
@@ -280,7 +290,7 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
         Args:
             target_r: The degree to merge at; any, whatever the plugin set covers.
         """
-        with self.at(self.source_r), merging_at(find_backbone(self), target_r):
+        with self.at(self.source_r), merging_at(self._backbone(), target_r):
             yield self
 
     def rebase(self) -> None:
@@ -291,7 +301,7 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
         with self._tocom_switch:
             state = self._tocom
             after = TocomState(state.target_r, state.target_r, state.scale, state.plugins)
-            self._adopt(find_backbone(self), after)
+            self._adopt(self._backbone(), after)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -343,7 +353,7 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
 
     def _source_state_dict(self, state_dict: dict | None) -> dict | None:
         """A state dict with the weights at `source_r`; `None` where that is what the model has."""
-        backbone = find_backbone(self)
+        backbone = self._backbone()
         source_weights = verified_source_weights(self._tocom, live_weights(backbone, self._tocom.target_modules))
         if not source_weights:
             require_source_weights(state_dict)
@@ -372,7 +382,7 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
 
     def _require_loadable(self, weights: dict[str, torch.Tensor], local_metadata: dict[str, Any]) -> None:
         try:
-            path = find_backbone(self).path
+            path = self._backbone().path
         except UnsupportedModelError:
             return  # adapters are trained, whose names are not those of the weights
         require_loadable(self._tocom, path, weights, local_metadata)
@@ -384,7 +394,7 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
             state = self._tocom
             if state.source_weights:
                 state.source_weights = {path: fn(weight) for path, weight in state.source_weights.items()}
-                layers = find_backbone(self).projections(state.target_modules)
+                layers = self._backbone().projections(state.target_modules)
                 weights = {path: cast(nn.Linear, layer).weight for path, layer in layers.items()}
                 copy_weights(composed_weights(state), weights)
                 state.checksums = {path: checksum(weight) for path, weight in weights.items()}
