@@ -83,7 +83,8 @@ def _require_ordinary_weights(model: PreTrainedModel) -> None:
     for name, weight in model.named_parameters():
         if weight.is_meta or not weight.is_floating_point():
             raise UnsupportedModelError(
-                f"{name} is quantised or offloaded, so no adapter can be merged into it. Load the model without."
+                f"{name} is quantised or offloaded, so no adapter can be merged into it. Load the model without "
+                "quantisation and offloading."
             )
 
 
