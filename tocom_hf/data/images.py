@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
 from tocom_hf.data.colour import to_rgb
+from tocom_hf.data.folders import find_image_folder, find_unused, names_its_files, require_splits
 from tocom_hf.errors import ArgumentError, DatasetError
 
 
@@ -38,7 +39,8 @@ def load_images(
     """Load an image data set and check that it has what the job needs.
 
     Args:
-        name: Hub name, a folder of images (`imagefolder`: one folder per class) or of parquet files, or a parquet file.
+        name: Hub name, a folder of images or of parquet files, or a parquet file. Of images: one folder per class, in
+            sub-folders called train, validation and test where there are splits, else all are the split `train`.
         split: The split, in the slicing syntax of `datasets`.
         config_name: Configuration of a Hub data set.
         image_column: Column of the images.
@@ -69,20 +71,22 @@ def load_images(
             "parquet file, or the name of a data set on the Hub."
         )
     try:
-        if Path(name).is_file():
-            data_files = {split.partition("[")[0]: str(name)}
-            loaded = datasets.load_dataset("parquet", data_files=data_files, split=split, streaming=streaming)
-        else:
-            loaded = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+        loaded = _load(str(name), split, config_name, streaming)
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise DatasetError(f"The split {split!r} of the data set {name!r} cannot be loaded: {error}") from error
     if loaded.features is None:  # a stream of a format without a schema: look at its first samples
         loaded = loaded._resolve_features()
     for role, column in (("image", image_column), ("label", label_column)):
         if column is not None and column not in loaded.column_names:
+            of_folders = ""
+            if role == "label" and Path(name).is_dir() and loaded.column_names == ["image"]:
+                of_folders = (
+                    " For a folder of images the label is the name of an image's folder, where there are two such "
+                    "folders or more, all equally deep; or it stands in a metadata.csv."
+                )
             raise DatasetError(
                 f"The data set {name!r} has no column {column!r}; it has {', '.join(loaded.column_names)}. "
-                f"Name the {role} column with --{role}_column."
+                f"Name the {role} column with --{role}_column.{of_folders}"
             )
     if not isinstance(loaded.features[image_column], datasets.Image):
         raise DatasetError(
@@ -103,6 +107,21 @@ def load_images(
     if not streaming and len(loaded) == 0:
         raise DatasetError(f"The split {split!r} of the data set {name!r} is empty.")
     return loaded.select_columns([column for column in (image_column, label_column) if column])
+
+
+def _load(name: str, split: str, config_name: str | None, streaming: bool) -> Any:
+    path = Path(name)
+    if path.is_file():
+        data_files = {split.partition("[")[0]: name}
+        return datasets.load_dataset("parquet", data_files=data_files, split=split, streaming=streaming)
+    if path.is_dir() and config_name is None:
+        folder = find_image_folder(path)
+        if folder is not None:
+            return folder.load(split, streaming)
+        if not names_its_files(path):
+            builder = datasets.load_dataset_builder(name)
+            require_splits(path, split, builder.config.data_files, find_unused(path, builder))
+    return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
 
 
 def require_different_images(name: str, first: str, second: str) -> None:
