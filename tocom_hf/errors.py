@@ -68,7 +68,13 @@ class MissingExtraError(TocomError, ImportError):
 
 
 class DatasetError(TocomError, ValueError):
-    """A data set is empty or lacks a column that the job needs."""
+    """A data set is empty, lacks a column that the job needs, or has an image that cannot be read."""
+
+    def __init__(self, message: str):
+        # PyTorch raises the error of a loading process anew, with that one's traceback in front of what it says.
+        if message.startswith("Caught ") and "\nOriginal Traceback" in message:
+            message = message.rpartition(f".{type(self).__name__}: ")[2].strip()
+        super().__init__(message)
 
 
 class ComposedWeightsError(TocomError, RuntimeError):

@@ -178,3 +178,17 @@ def test_erasing_replaces_rectangles_by_noise():
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ArgumentError, match=next(iter(wrong))):
         Augmentation(**wrong)
+
+
+def test_one_channel_is_augmented_like_three_equal_ones():
+    """All operations of RandAugment keep grey images grey, so one channel of a grey image is what is to be seen."""
+    generator = torch.Generator().manual_seed(5)
+    grey = torch.randint(0, 256, (64, 1, 12, 12), generator=generator, dtype=torch.uint8)
+    keys = torch.arange(64) * 7_919
+    settings = Augmentation(randaugment_num_ops=2)
+    mean, std = torch.tensor([0.4]), torch.tensor([0.2])
+    one = augment(grey, keys, settings, mean, std)
+    three = augment(grey.expand(-1, 3, -1, -1), keys, settings, mean.expand(3), std.expand(3))
+    assert one.shape == (64, 1, 12, 12)
+    torch.testing.assert_close(three, one.expand(-1, 3, -1, -1), rtol=0, atol=1e-4)
+    assert not torch.equal(one, augment(grey, keys, Augmentation(), mean, std))

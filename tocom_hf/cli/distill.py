@@ -109,8 +109,8 @@ def load_pretrained(script: ScriptArguments) -> Any:
     )
 
 
-def load_data(script: ScriptArguments, training: "DistillationArguments") -> tuple[Any, Any]:
-    """The images to distil on, and those of the agreement grid or `None`."""
+def load_data(script: ScriptArguments, training: "DistillationArguments", num_channels: int) -> tuple[Any, Any]:
+    """The images to distil on, and those of the agreement grid or `None`, in the channels that the model takes."""
     import datasets
 
     from tocom_hf.data.images import TrainingImages, load_images, require_different_images
@@ -131,6 +131,7 @@ def load_data(script: ScriptArguments, training: "DistillationArguments") -> tup
         "image_column": script.image_column,
         "min_crop": training.min_crop,
         "flip": training.flip,
+        "num_channels": num_channels,
     }
     loaded = load_images(
         script.dataset_name, split=script.dataset_split, max_samples=script.max_train_samples, **common
@@ -152,6 +153,7 @@ def load_data(script: ScriptArguments, training: "DistillationArguments") -> tup
 
 
 def distill_set(arguments: "tuple[ScriptArguments, DistillationArguments]") -> None:
+    from tocom_hf.data.colour import model_channels
     from tocom_hf.distillation.distill import distill
     from tocom_hf.plugins.agreement import AgreementGrid
     from tocom_hf.plugins.cards import AGREEMENT_FIGURE
@@ -167,7 +169,7 @@ def distill_set(arguments: "tuple[ScriptArguments, DistillationArguments]") -> N
     init_plugins = None if script.init_plugins is None else PluginSet.from_pretrained(script.init_plugins)
     model = load_pretrained(script)
     with accelerator.main_process_first():
-        images, held_out = load_data(script, training)
+        images, held_out = load_data(script, training, model_channels(model.config))
     plugins = distill(
         model,
         images,

@@ -154,10 +154,12 @@ def require_runnable(
     args: argparse.Namespace, plugins: "list[PluginSet | None]", splits: "dict[str, datasets.Dataset]"
 ) -> None:
     """Look at every checkpoint before the first of them runs, one at a time in memory."""
+    from tocom_hf.data.colour import find_num_channels, model_channels
     from tocom_hf.data.labels import match_labels
 
-    for index in range(len(args.checkpoints)):
+    for index, checkpoint in enumerate(args.checkpoints):
         model = load_checkpoint(args, plugins, index)
+        find_num_channels(load_processor(checkpoint), model_channels(model.config))
         for dataset in splits.values():
             match_labels(dataset, model.config)
         if model.plugins is None:
@@ -172,6 +174,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from tocom_hf.cost.flops import Example
     from tocom_hf.cost.timing import measure_costs
+    from tocom_hf.data.colour import model_channels
     from tocom_hf.data.images import with_pixel_values
     from tocom_hf.data.labels import match_labels
     from tocom_hf.evaluation.grid import evaluate_checkpoint
@@ -199,7 +202,12 @@ def evaluate(args: argparse.Namespace) -> None:
     for index, checkpoint in enumerate(args.checkpoints):
         model = load_checkpoint(args, plugins, index)
         processed = {
-            name: with_pixel_values(match_labels(split, model.config), processors[index], label_column="label")
+            name: with_pixel_values(
+                match_labels(split, model.config),
+                processors[index],
+                label_column="label",
+                num_channels=model_channels(model.config),
+            )
             for name, split in splits.items()
         }
         runs += evaluate_checkpoint(

@@ -206,6 +206,7 @@ def finetune(arguments: "tuple[ScriptArguments, TrainingArguments]") -> None:
     from transformers import AutoModelForImageClassification, Trainer, set_seed
 
     from tocom_hf.cli.fine_tunable import classifier_config, find_classifier, load_classifier, require_mergeable
+    from tocom_hf.data.colour import model_channels
     from tocom_hf.data.images import require_different_images, with_pixel_values
     from tocom_hf.data.labels import class_names_of, match_labels, match_labels_to
     from tocom_hf.model.tocom_model import TocomModel
@@ -227,6 +228,7 @@ def finetune(arguments: "tuple[ScriptArguments, TrainingArguments]") -> None:
     config = classifier_config(config, classifier)
     label_for_training(config, id2label)
     train = match_labels(train, config)
+    columns: dict[str, Any] = {"label_column": "label", "num_channels": model_channels(config)}
     evaluation = load_split(script, script.eval_split)[0] if script.eval_split else None
     if evaluation is not None:
         evaluation = match_labels_to(evaluation, class_names_of(config), f"the split {script.train_split!r}")
@@ -239,8 +241,8 @@ def finetune(arguments: "tuple[ScriptArguments, TrainingArguments]") -> None:
             model=trained,
             args=training,
             data_collator=collate,
-            train_dataset=with_pixel_values(train, processor, label_column="label"),
-            eval_dataset=evaluation and with_pixel_values(evaluation, processor, label_column="label"),
+            train_dataset=with_pixel_values(train, processor, **columns),
+            eval_dataset=evaluation and with_pixel_values(evaluation, processor, **columns),
             processing_class=processor,
             compute_metrics=compute_accuracy,
         )

@@ -43,6 +43,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def fit(args: argparse.Namespace) -> None:
     import torch
 
+    from tocom_hf.data.colour import model_channels
     from tocom_hf.data.images import load_images, with_pixel_values
     from tocom_hf.model.tocom_model import TocomModel
     from tocom_hf.scales.fitting import fit_scales
@@ -60,7 +61,9 @@ def fit(args: argparse.Namespace) -> None:
         image_column=args.image_column,
         max_samples=args.max_samples,
     )
-    processed = with_pixel_values(images, processor, image_column=args.image_column)
+    processed = with_pixel_values(
+        images, processor, image_column=args.image_column, num_channels=model_channels(model.config)
+    )
     # Every image is used many times, and decoded once.
     samples: Any = [processed[i] for i in range(len(processed))]
     plugins = fit_scales(

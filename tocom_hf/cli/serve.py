@@ -67,6 +67,7 @@ def serve(args: argparse.Namespace) -> None:
     import uvicorn
 
     from tocom_hf.cost.calibration import calibrate
+    from tocom_hf.data.colour import find_num_channels, model_channels
     from tocom_hf.serving.policy import DegreePolicy
     from tocom_hf.serving.service import create_app
 
@@ -74,6 +75,7 @@ def serve(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     model, degrees = load_classifier(args)
     processor = load_processor(args.model_name_or_path)
+    find_num_channels(processor, model_channels(model.config))
     calibration = calibrate(
         model, batch_size=args.max_batch_size, degrees=degrees, seconds=3, cache_file=args.calibration
     )

@@ -41,21 +41,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_images(args: argparse.Namespace) -> "list[Image.Image]":
-    """The images to paint over, in RGB."""
-    from PIL import Image, ImageOps
+def read_images(args: argparse.Namespace, num_channels: int) -> "list[Image.Image]":
+    """The images to paint over, in the channels that the model takes."""
+    from tocom_hf.data.decoding import decode_file
+    from tocom_hf.data.images import load_images, read_column
 
-    from tocom_hf.data.colour import to_rgb
-    from tocom_hf.data.images import load_images
-
-    images = []
-    if not args.images:
-        dataset = load_images(args.dataset_name, split=args.dataset_split, max_samples=args.num_images)
-        images = dataset["image"][:]
-    for path in args.images or ():
-        with refused_input(f"The image {path} cannot be read"):
-            images.append(ImageOps.exif_transpose(Image.open(path)))
-    return [to_rgb(image) for image in images]
+    if args.images:
+        return [decode_file(path, num_channels) for path in args.images]
+    dataset = load_images(args.dataset_name, split=args.dataset_split, max_samples=args.num_images)
+    return read_column(dataset, "image", num_channels)
 
 
 def pictures_of(pixel_values: "torch.Tensor") -> "list[Image.Image]":
@@ -65,6 +59,7 @@ def pictures_of(pixel_values: "torch.Tensor") -> "list[Image.Image]":
     low = pixel_values.amin((1, 2, 3), keepdim=True)
     high = pixel_values.amax((1, 2, 3), keepdim=True)
     seen = (pixel_values - low) / (high - low).clamp(min=1e-6) * 255
+    seen = seen.expand(-1, 3, -1, -1)  # of a grey image one channel is all three
     return [Image.fromarray(image) for image in seen.byte().permute(0, 2, 3, 1).numpy()]
 
 
@@ -72,6 +67,7 @@ def visualize(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModel
 
+    from tocom_hf.data.colour import find_num_channels, model_channels
     from tocom_hf.merging.architectures import find_backbone
     from tocom_hf.merging.inputs import patch_grid
     from tocom_hf.merging.patching import apply_tome
@@ -90,7 +86,7 @@ def visualize(args: argparse.Namespace) -> None:
     if backbone.main_input_name != "pixel_values":
         raise UnsupportedModelError(f"{type(model).__name__} takes {backbone.main_input_name}, not images.")
     processor = load_processor(args.model_name_or_path)
-    images = read_images(args)
+    images = read_images(args, find_num_channels(processor, model_channels(model.config)))
     with refused_input("The images cannot be prepared for the model"):
         pixel_values = processor(images, return_tensors="pt")["pixel_values"]
     grid = patch_grid(backbone.config, pixel_values)

@@ -18,7 +18,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
-from tocom_hf.data.colour import to_rgb
+from tocom_hf.data.colour import find_num_channels
+from tocom_hf.data.decoding import UnreadableImageError, decode_image
 from tocom_hf.data.folders import find_image_folder, find_unused, names_its_files, require_splits
 from tocom_hf.errors import ArgumentError, DatasetError
 
@@ -158,8 +159,20 @@ def with_pixel_values(
     *,
     image_column: str = "image",
     label_column: str | None = None,
+    num_channels: int | None = None,
 ) -> datasets.Dataset:
     """Process images when they are read: samples become `pixel_values` `(channels, height, width)` and `labels`.
+
+    Args:
+        dataset: What `load_images` returned.
+        processor: The model's image processor.
+        image_column: Column of the images.
+        label_column: Column of the labels, if they shall be in the samples.
+        num_channels: What the model takes, 3 for RGB or 1 for grey; by default what the processor is made for.
+
+    Raises:
+        ArgumentError: if the processor is made for another number of channels.
+        DatasetError: when a sample is read whose image is damaged, or whose pixels have no known range.
 
     Example:
 
@@ -173,10 +186,10 @@ def with_pixel_values(
 
     ```
     """
-
+    num_channels = find_num_channels(processor, num_channels)
     # undecoded, so that an image that cannot be read is named
     encoded = dataset.cast_column(image_column, datasets.Image(decode=False))
-    return encoded.with_transform(_Process(processor, image_column, label_column))
+    return encoded.with_transform(_Process(processor, image_column, label_column, num_channels))
 
 
 @dataclass(frozen=True)
@@ -186,13 +199,29 @@ class _Process:
     processor: BaseImageProcessor
     image_column: str
     label_column: str | None
+    num_channels: int
 
     def __call__(self, batch: dict[str, list]) -> dict[str, Any]:
-        images = [_open(image, self.image_column) for image in batch[self.image_column]]
+        images = [_open(image, self.image_column, self.num_channels) for image in batch[self.image_column]]
         sample: dict[str, Any] = {"pixel_values": list(self.processor(images, return_tensors="pt")["pixel_values"])}
         if self.label_column is not None:
             sample["labels"] = batch[self.label_column]
         return sample
+
+
+def read_column(dataset: datasets.Dataset, image_column: str, num_channels: int) -> list[Image.Image]:
+    """All images of a small data set, decoded.
+
+    Args:
+        dataset: What `load_images` returned.
+        image_column: Column of the images.
+        num_channels: 3 for RGB, 1 for grey.
+
+    Raises:
+        DatasetError: if an image cannot be read.
+    """
+    encoded = dataset.cast_column(image_column, datasets.Image(decode=False))
+    return [_open(image, image_column, num_channels) for image in encoded[image_column]]
 
 
 class TrainingImages(Dataset):
@@ -206,10 +235,16 @@ class TrainingImages(Dataset):
         image_column: Column of the images.
         min_crop: Smallest share of an image's area that a view shows, in (0, 1]. Views of 1 show the whole image.
         flip: Probability of being mirrored.
+        num_channels: What the model takes, 3 for RGB or 1 for grey; by default what the processor is made for.
 
     Attributes:
-        image_mean, image_std: float32 `(3,)`, what values in [0, 1] are normalised by; `None` where they are not.
+        num_channels: Channels of the views.
+        image_mean, image_std: float32 `(channels,)`, what values in [0, 1] are normalised by; `None` where they are
+            not.
         size: Height and width of the views.
+
+    Raises:
+        ArgumentError: if an argument is out of range, or the processor is made for another number of channels.
     """
 
     def __init__(
@@ -220,9 +255,11 @@ class TrainingImages(Dataset):
         image_column: str = "image",
         min_crop: float = 0.08,
         flip: float = 0.5,
+        num_channels: int | None = None,
     ):
         if not 0 < min_crop <= 1 or not 0 <= flip <= 1:
             raise ArgumentError(f"Expected min_crop in (0, 1] and flip in [0, 1], got {min_crop!r} and {flip!r}.")
+        self.num_channels = find_num_channels(processor, num_channels)
         # undecoded, so that a stream that is read up to where a run stopped does not decode what it skips
         self.images = images.cast_column(image_column, datasets.Image(decode=False))
         self.image_column, self.min_crop, self.flip = image_column, min_crop, flip
@@ -235,8 +272,8 @@ class TrainingImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """The whole image, resized: `pixel_values` as uint8 `(3, height, width)`."""
-        image = _open(self.images[index][self.image_column], self.image_column)
+        """The whole image, resized: `pixel_values` as uint8 `(channels, height, width)`."""
+        image = self._open(self.images[index])
         return {"pixel_values": self._resize(image, (0, 0, *image.size))}
 
     def select(self, indices: Iterable[int]) -> "TrainingImages":
@@ -246,35 +283,43 @@ class TrainingImages(Dataset):
         return chosen
 
     def view(self, sample: int | dict[str, Any], generator: np.random.Generator) -> torch.Tensor:
-        """A random view of one image, uint8 `(3, height, width)`.
+        """A random view of one image, uint8 `(channels, height, width)`.
 
         Args:
             sample: Index of the image, or the sample itself as it comes from a stream.
             generator: Decides the view.
         """
         sample = self.images[sample] if isinstance(sample, int) else sample
-        image = _open(sample[self.image_column], self.image_column)
+        image = self._open(sample)
         view = self._resize(image, _random_box(image.size, self.min_crop, generator))
         return view.flip(-1) if generator.random() < self.flip else view
 
     def _resize(self, image: Image.Image, box: "_Box") -> torch.Tensor:
         height, width = self.size
         resized = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+        pixels = torch.from_numpy(np.array(resized)).view(height, width, self.num_channels)
+        return pixels.permute(2, 0, 1).contiguous()
+
+    def _open(self, sample: dict[str, Any]) -> Image.Image:
+        return _open(sample[self.image_column], self.image_column, self.num_channels)
 
 
-def _open(encoded: dict[str, Any] | None, column: str) -> Image.Image:
+def _open(encoded: dict[str, Any] | None, column: str, num_channels: int) -> Image.Image:
     """Decode a sample of an `Image(decode=False)` column."""
-    if encoded is None:
-        raise DatasetError(f"The column {column!r} has a sample without an image. Filter it out first.")
-    try:
-        return to_rgb(datasets.Image().decode_example(encoded))
-    except (OSError, SyntaxError) as error:  # of Pillow, for files that are cut off or damaged
-        content = encoded["bytes"]
-        name = encoded["path"] or f"of {len(content)} bytes, SHA-256 {hashlib.sha256(content).hexdigest()[:12]}"
-        raise DatasetError(
-            f"The image {name} in the column {column!r} cannot be read: {error}. Repair it or take it out of the data."
-        ) from error
+    path: Any
+    content: Any
+    path, content = (encoded["path"], encoded["bytes"]) if encoded else (None, None)
+    if path is None and content is None:
+        raise UnreadableImageError(f"The column {column!r} has a sample without an image. Filter it out first.")
+
+    def name() -> str:
+        if path is not None:
+            return f"{path} in the column {column!r}"
+        digest = hashlib.sha256(content).hexdigest()[:12]
+        return f"of {len(content)} bytes, SHA-256 {digest}, in the column {column!r}"
+
+    local = content is not None or "://" not in path
+    return decode_image(lambda: datasets.Image().decode_example(encoded), name, num_channels, local=local)
 
 
 def _view_size(processor: BaseImageProcessor) -> tuple[int, int]:

@@ -74,9 +74,14 @@ def augment(
     images = pixel_values
     if images.dtype == torch.uint8:
         images = images.float() / 255
+        channels = images.shape[1]
+        if settings.randaugment_num_ops and channels == 1:
+            # its operations are made for RGB, and keep equal channels equal
+            images = images.expand(-1, 3, -1, -1)
         for step in range(settings.randaugment_num_ops):
             step_keys = fold(fold(keys, _AUGMENT), step)
             images = rand_augment(images, step_keys, settings.randaugment_magnitude)
+        images = images[:, :channels]
         if mean is not None and std is not None:
             images = (images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
     if settings.random_erasing:

@@ -37,7 +37,7 @@ class Metrics:
 
 @dataclass
 class Job:
-    """The images of one request, float32 `(n, 3, height, width)`, and where their answer goes."""
+    """The images of one request, float32 `(n, channels, height, width)`, and where their answer goes."""
 
     pixel_values: torch.Tensor
     answer: asyncio.Future

@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse
 from PIL import Image, ImageOps, UnidentifiedImageError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from tocom_hf.data.colour import to_rgb
+from tocom_hf.data.colour import find_num_channels, model_channels, to_channels
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.serving.batching import Batcher, Metrics, OverloadedError
 from tocom_hf.serving.policy import DegreePolicy
@@ -33,17 +33,21 @@ MAX_BYTES, MAX_PIXELS = 16 * 2**20, 64 * 10**6
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-def decode(data: bytes) -> Image.Image:
-    """An RGB image from the bytes of a file; status 400 if they are none, 413 if it is too large."""
+def decode(data: bytes, num_channels: int = 3) -> Image.Image:
+    """An image in RGB, or with one channel in grey, from the bytes of a file; status 400 if they are none, 413 if it is
+    too large."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise HTTPException(413, f"The image has {image.size} pixels; {MAX_PIXELS} in all are the limit.")
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_channels(ImageOps.exif_transpose(image), num_channels)
+    except HTTPException:
+        raise
     except UnidentifiedImageError as error:
         raise HTTPException(400, f"The body is not an image of a known format ({', '.join(FORMATS)}).") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise HTTPException(400, f"The body is not an image that can be read: {error}") from error
+    except Exception as error:  # Pillow has no type of its own: of damaged files come nearly all that there are
+        reason = str(error) or type(error).__name__
+        raise HTTPException(400, f"The body is not an image that can be read: {reason}") from error
 
 
 async def read_body(request: Request) -> bytes:
@@ -58,10 +62,10 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def decode_all(body: bytes, content_type: str, limit: int) -> list[Image.Image]:
+def decode_all(body: bytes, content_type: str, limit: int, num_channels: int) -> list[Image.Image]:
     """The image that is the body; or those in a JSON body `{"images": [<base64>, ...]}`, no more than `limit`."""
     if not content_type.startswith("application/json"):
-        return [decode(body)]
+        return [decode(body, num_channels)]
     try:
         encoded = json.loads(body)["images"]
         files = [base64.b64decode(text, validate=True) for text in encoded]
@@ -71,13 +75,18 @@ def decode_all(body: bytes, content_type: str, limit: int) -> list[Image.Image]:
         raise HTTPException(400, "There are no images in the list.")
     if len(files) > limit:  # before they are decoded: a small file may hold a large image
         raise HTTPException(413, f"{len(files)} images in a request; {limit} are the limit.")
-    return [decode(file) for file in files]
+    return [decode(file, num_channels) for file in files]
 
 
 def create_app(
     model: TocomModel, processor: Any, policy: DegreePolicy, max_queue: int | None = None, top_k: int = 5
 ) -> FastAPI:
-    """The service. Its `state.batcher` and `state.metrics` are there to be looked at."""
+    """The service. Its `state.batcher` and `state.metrics` are there to be looked at.
+
+    Raises:
+        ArgumentError: if the processor makes other images than the model takes.
+    """
+    num_channels = find_num_channels(processor, model_channels(model.config))
     metrics = Metrics()
     batcher = Batcher(model, policy, max_queue, metrics)
 
@@ -123,7 +132,7 @@ def create_app(
             batcher.require_room(1)
             # large images take a while: other requests go on meanwhile
             content_type = request.headers.get("content-type", "")
-            images = await asyncio.to_thread(decode_all, body, content_type, policy.max_batch_size)
+            images = await asyncio.to_thread(decode_all, body, content_type, policy.max_batch_size, num_channels)
             pixel_values = await asyncio.to_thread(preprocess, images)
             answer = await batcher.classify(pixel_values)
         except OverloadedError as error:
