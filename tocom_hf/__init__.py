@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         MissingExtraError,
         PluginFileError,
         TocomError,
+        UnreadableImageError,
         UnsupportedInputError,
         UnsupportedModelError,
     )
@@ -69,6 +70,7 @@ __all__ = [
     "PluginSet",
     "TocomError",
     "TocomModel",
+    "UnreadableImageError",
     "UnsupportedInputError",
     "UnsupportedModelError",
     "__version__",

@@ -77,6 +77,10 @@ class DatasetError(TocomError, ValueError):
         super().__init__(message)
 
 
+class UnreadableImageError(DatasetError):
+    """An image is damaged, or missing from its sample: whoever reads it again finds the same."""
+
+
 class ComposedWeightsError(TocomError, RuntimeError):
     """Weights that hold a composed plugin chain were changed from outside, for instance by training."""
 

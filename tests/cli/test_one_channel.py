@@ -12,9 +12,9 @@ from transformers import ViTImageProcessorPil
 def inputs(tmp_path_factory):
     """A folder with a checkpoint of one channel, a plugin set for it, colour images, and a wrong processor's copy."""
     folder = tmp_path_factory.mktemp("inputs")
-    labels = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}, "num_hidden_layers": 2}
+    labels = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}, "num_labels": 2}
     for name, mean in (("grey", [0.5]), ("wrong", [0.5] * 3)):
-        model = make_model(num_channels=1, **labels)
+        model = make_model(num_channels=1, num_hidden_layers=2, **labels)
         model.save_pretrained(folder / name)
         ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=mean, image_std=mean).save_pretrained(
             folder / name

@@ -13,13 +13,18 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
-from tocom_hf import DatasetError, with_pixel_values
+from tocom_hf import DatasetError, UnreadableImageError, with_pixel_values
 from tocom_hf.cli import visualize
-from tocom_hf.data.decoding import UnreadableImageError
 from tocom_hf.data.images import TrainingImages
 
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 4, "width": 4})
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """PyTorch waits five seconds for each process of a loader that has failed."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
 
 
 def chunk(kind, content):

@@ -7,11 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from tocom_hf.data.colour import to_channels
-from tocom_hf.errors import DatasetError
-
-
-class UnreadableImageError(DatasetError):
-    """An image is damaged, or missing from its sample: whoever reads it again finds the same."""
+from tocom_hf.errors import DatasetError, UnreadableImageError
 
 
 def decode_image(

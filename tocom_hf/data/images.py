@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
 from tocom_hf.data.colour import find_num_channels
-from tocom_hf.data.decoding import UnreadableImageError, decode_image
+from tocom_hf.data.decoding import decode_image
 from tocom_hf.data.folders import find_image_folder, find_unused, names_its_files, require_splits
-from tocom_hf.errors import ArgumentError, DatasetError
+from tocom_hf.errors import ArgumentError, DatasetError, UnreadableImageError
 
 
 _SEED = 0  # of the samples that max_samples draws

@@ -1,2 +1,2 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""Making a plugin set by self-distillation. On merging and plugins; does not know `TocomModel`."""
+"""Making a plugin set by self-distillation. On merging, plugins and data; does not know `TocomModel`."""

@@ -84,6 +84,7 @@ class DistillationArguments:
 
     seed: Seed = _argument(0, "Decides the plugins' initialisation, degrees, order of images, augmentation, dropout.")
     dataloader_num_workers: Natural = _argument(0, "Worker processes that load images, for each process.")
+    skip_damaged: bool = _argument(False, "Take another image in the place of a damaged one, instead of stopping.")
     shuffle_buffer_size: Count = _argument(1000, "Samples of a stream that are shuffled among each other.")
 
     save_steps: Count = _argument(1000, "Write a checkpoint every so many steps, and when the run is told to stop.")
@@ -144,8 +145,8 @@ class DistillationArguments:
 
 _NO_RECIPE = (
     "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-    "max_nonfinite_steps", "dataloader_num_workers", "save_steps", "save_total_limit", "resume_from_checkpoint",
-    "logging_steps", "eval_steps", "eval_degrees",
+    "max_nonfinite_steps", "dataloader_num_workers", "skip_damaged", "save_steps", "save_total_limit",
+    "resume_from_checkpoint", "logging_steps", "eval_steps", "eval_degrees",
 )  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {

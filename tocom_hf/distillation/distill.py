@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from tocom_hf.data.colour import model_channels
 from tocom_hf.devices import describe_device, evaluation_mode
 from tocom_hf.distillation.arguments import DistillationArguments
 from tocom_hf.distillation.branches import PluginChain
@@ -76,7 +77,8 @@ def distill(
         UnsupportedModelError: if the architecture is not supported, or lacks what the objective compares.
         BackboneMismatchError: if `init_plugins` belongs to another backbone.
         DegreeError: if `args.source_r` is not the degree that the model records.
-        DatasetError: if the data set has fewer images than one step needs.
+        DatasetError: if the data set has fewer images than one step needs, or an image that cannot be read, where
+            `args.skip_damaged` is not set. Then a checkpoint is written first, if there is an `output_dir`.
         ArgumentError: if arguments contradict each other, the data set, or `init_plugins`.
         PluginFileError: if a plugin of `init_plugins` cannot be read.
         CheckpointError: if the run cannot go on from its checkpoints.
@@ -107,6 +109,7 @@ def distill(
             "remove_tome(model); instead of TocomModel load the checkpoint with its transformers class."
         )
     _check_source_r(model, args.source_r)
+    _check_channels(dataset, model)
     target_modules = None if args.target_modules is None else backbone.find_target_modules(args.target_modules)
     start = None if init_plugins is None else _starting_plugins(init_plugins, backbone, args, target_modules)
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -216,11 +219,23 @@ def _count_steps(dataset: Any, args: DistillationArguments, global_batch: int) -
             f"The data set has {count} images, but one step takes {global_batch}. "
             "Lower per_device_train_batch_size or use more images."
         )
-    if args.randaugment_num_ops and dataset[0]["pixel_values"].dtype != torch.uint8:
+    # views are uint8, and the first image may be one that cannot be read
+    finished = not hasattr(dataset, "view")
+    if args.randaugment_num_ops and finished and dataset[0]["pixel_values"].dtype != torch.uint8:
         raise ArgumentError(
             "RandAugment needs images that are not normalised yet: pass TrainingImages, whose samples are uint8."
         )
     return args.max_steps or count // global_batch * args.num_train_epochs
+
+
+def _check_channels(dataset: Any, model: PreTrainedModel) -> None:
+    """Hold the views of `TrainingImages` against what the model takes."""
+    views, taken = getattr(dataset, "num_channels", None), model_channels(model.config)
+    if views not in (None, taken):
+        raise ArgumentError(
+            f"The images have {views} channel(s), but the model takes {taken}. Make them with "
+            f"TrainingImages(..., num_channels={taken}) and an image processor whose image_mean has {taken} value(s)."
+        )
 
 
 def _check_source_r(model: PreTrainedModel, source_r: int | None) -> None:

@@ -5,13 +5,14 @@ Only the plugins' gradients travel between processes, in one reduction per step 
 weights never do.
 """
 
+import copy
 import math
 import signal
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -25,18 +26,34 @@ from tocom_hf.distillation.agreement import agreement_sums
 from tocom_hf.distillation.arguments import DistillationArguments
 from tocom_hf.distillation.augmentation import Augmentation, augment
 from tocom_hf.distillation.degrees import DegreePair, find_sampler
+from tocom_hf.distillation.figures import losses_by_distance, mean_or_zero
 from tocom_hf.distillation.order import StreamState, TrainingLoader, is_stream
 from tocom_hf.distillation.run_state import RunState
 from tocom_hf.distillation.stop_signal import StopSignal
 from tocom_hf.distillation.student import SelfDistiller
-from tocom_hf.errors import CheckpointError, DistillationError, DistillationInterrupted
+from tocom_hf.errors import (
+    CheckpointError,
+    DatasetError,
+    DistillationError,
+    DistillationInterrupted,
+    UnreadableImageError,
+)
 from tocom_hf.plugins.agreement import AgreementGrid
 
 
 logger = logging.get_logger(__name__)
 
-_BUCKETS = 4  # of |m - n|, for the figures
 _RECENT = 200  # steps that the figures on the way are means of
+
+
+class _Shared(NamedTuple):
+    """What all processes know of a step: the mean loss, whether one was told to stop, whether one could not read its
+    images, and how many damaged images were passed over."""
+
+    loss: float
+    stop: bool
+    failed: bool
+    damaged: int
 
 
 class Training:
@@ -95,6 +112,8 @@ class Training:
         }
         self.step = 0
         self.skipped = 0
+        self.damaged = 0
+        self.last_batch: Any = None
         self.loss_sum = 0.0
         self.loss_count = 0
         # distance |m - n| and loss of the last steps
@@ -104,7 +123,11 @@ class Training:
         """Train to the end.
 
         Returns:
-            Figures to record: steps, global batch, mean loss, loss by distance of the degrees, agreement grid.
+            Figures to record: steps, global batch, mean loss, loss by distance of the degrees, agreement grid, and with
+            `skip_damaged` how often an image was passed over.
+
+        Raises:
+            DatasetError: if an image cannot be read. A checkpoint has what was learnt before.
         """
         stream_state = self._restore(*resume) if resume else None
         if len(set(gather_object([self.step]))) > 1:
@@ -127,8 +150,10 @@ class Training:
             "global_batch_size": self.global_batch,
             "skipped_steps": self.skipped,
             "mean_loss": self.loss_sum / max(self.loss_count, 1),
-            "loss_by_distance": self._loss_by_distance(),
+            "loss_by_distance": losses_by_distance(self.recent, self.args.max_r),
         }
+        if self.args.skip_damaged:
+            figures["damaged_images"] = self.damaged
         if self.eval_dataset is not None:
             grid = self.measure_agreement()
             self._check_agreement(grid)
@@ -174,8 +199,15 @@ class Training:
             rate = self._learning_rate(self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            total = self._backward(batches, pairs)
-            value, told_to_stop = self._share(total, stop.signum is not None)
+            # where to go on if this step fails
+            place, damaged_before = copy.deepcopy(loader.stream_state), loader.damaged.clone()
+            total, failure = self._backward(batches, pairs)
+            value, told_to_stop, failed, damaged = self._share(
+                total, stop.signum is not None, failure is not None, loader.damaged - damaged_before
+            )
+            if failed:
+                self._fail(failure, place, keep=in_a_row == 0)
+            self.damaged += damaged
             norm = self._clip()
             # fp16's loss scaling finds out for itself how large gradients may get
             finite = math.isfinite(value) and (self.accelerator.scaler is not None or math.isfinite(norm))
@@ -214,12 +246,26 @@ class Training:
             if args.eval_steps and self.eval_dataset is not None and self.step % args.eval_steps == 0:
                 self._log_agreement()
 
-    def _backward(self, batches: Iterator, pairs: list[DegreePair]) -> torch.Tensor:
-        """The gradients of one step; returns its loss, the mean over forward passes and pairs of degrees."""
+    def _backward(self, batches: Iterator, pairs: list[DegreePair]) -> tuple[torch.Tensor, DatasetError | None]:
+        """The gradients of one step.
+
+        Returns:
+            Its loss, the mean over forward passes and pairs of degrees; and what is wrong with the images, if anything
+            is. Then loss and gradients mean nothing: the step was made with other images, because where weights are
+            sharded all processes must run the model equally often.
+        """
+        failure: DatasetError | None = None
         passes = self.args.gradient_accumulation_steps
         total = torch.zeros((), device=self.accelerator.device)
         for _ in range(passes):
-            batch = next(batches)
+            batch = self.last_batch
+            try:
+                if failure is None:
+                    batch = self.last_batch = next(batches)
+            except DatasetError as error:
+                if batch is None:  # nothing was learnt that could be lost
+                    raise
+                failure = error
             with torch.no_grad():
                 images = augment(batch["pixel_values"], batch["key"], self.augmentation, self.mean, self.std)
             for source_r, target_r in pairs:
@@ -228,24 +274,26 @@ class Training:
                 loss = loss / (passes * len(pairs))
                 self.accelerator.backward(loss)
                 total += loss.detach()
-        return total
+        return total, failure
 
-    def _share(self, loss: torch.Tensor, stop: bool) -> tuple[float, bool]:
-        """Average gradients and loss over processes, and find out whether any was told to stop."""
+    def _share(self, loss: torch.Tensor, stop: bool, failed: bool, damaged: torch.Tensor) -> _Shared:
+        """Average gradients and loss over processes, and find out what happened on any of them."""
         accelerator = self.accelerator
         if accelerator.num_processes == 1:
-            return loss.item(), stop
+            return _Shared(loss.item(), stop, failed, int(damaged))
         gradients = [p.grad for p in self.parameters.values()]
-        flag = torch.tensor(float(stop), device=loss.device)
-        flat = torch.cat([*(g.flatten() for g in gradients if g is not None), loss[None], flag[None]])
+        flags = torch.tensor([float(stop), float(failed)], device=loss.device)
+        flat = torch.cat(
+            [*(g.flatten() for g in gradients if g is not None), loss[None], flags, damaged[None].to(loss.dtype)]
+        )
         flat = accelerator.reduce(flat, "mean")
         offset = 0
         for gradient in gradients:
             if gradient is not None:
                 gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
                 offset += gradient.numel()
-        value, stopped = flat[-2:].tolist()
-        return value, stopped > 0
+        value, stopped, failures, mean_damaged = flat[-4:].tolist()
+        return _Shared(value, stopped > 0, failures > 0, round(mean_damaged * accelerator.num_processes))
 
     def _clip(self) -> float:
         """Clip the gradients; returns the norm that they had."""
@@ -258,17 +306,6 @@ class Training:
         floor = min(self.args.min_learning_rate, self.peak)
         return floor + (self.peak - floor) * (1 + math.cos(math.pi * step / self.steps)) / 2
 
-    def _loss_by_distance(self) -> dict[str, float]:
-        """Mean loss of the last steps by the distance |m - n| of their degrees."""
-        max_r, buckets = self.args.max_r, defaultdict(list)
-        for distance, loss in self.recent:
-            buckets[(distance - 1) * _BUCKETS // max_r].append(loss)
-        figures = {}
-        for bucket in sorted(buckets):
-            inside = [d for d in range(1, max_r + 1) if (d - 1) * _BUCKETS // max_r == bucket]
-            figures["-".join(map(str, dict.fromkeys((inside[0], inside[-1]))))] = _mean_or_zero(buckets[bucket])
-        return figures
-
     def _progress_bar(self) -> tqdm:
         return tqdm(
             total=self.steps,
@@ -278,12 +315,17 @@ class Training:
         )
 
     def _log(self, bar: tqdm, rate: float, norm: float, speed: float) -> None:
-        mean, by_distance = _mean_or_zero(loss for _, loss in self.recent), self._loss_by_distance()
+        mean = mean_or_zero(loss for _, loss in self.recent)
+        by_distance = losses_by_distance(self.recent, self.args.max_r)
         figures = {"loss": mean, "learning_rate": rate, "grad_norm": norm, "images_per_second": speed}
         figures |= {f"loss/distance_{name}": value for name, value in by_distance.items()}
-        self.accelerator.log({**figures, "skipped_steps": self.skipped}, step=self.step)
+        counts = {"skipped_steps": self.skipped}
+        if self.args.skip_damaged:
+            counts["damaged_images"] = self.damaged
+        self.accelerator.log({**figures, **counts}, step=self.step)
         parts = " ".join(f"{name}:{value:.3g}" for name, value in by_distance.items())
-        bar.set_postfix_str(f"loss {mean:.3g} (|m-n| {parts}), lr {rate:.1e}, {speed:.1f} images/s")
+        damaged = f", {self.damaged} damaged" if self.damaged else ""
+        bar.set_postfix_str(f"loss {mean:.3g} (|m-n| {parts}), lr {rate:.1e}, {speed:.1f} images/s{damaged}")
 
     def _log_agreement(self) -> None:
         means = self._check_agreement(self.measure_agreement())
@@ -318,6 +360,7 @@ class Training:
             scaler = self.accelerator.scaler
             progress = {
                 "skipped": self.skipped,
+                "damaged": self.damaged,
                 "loss_sum": self.loss_sum,
                 "loss_count": self.loss_count,
                 "recent": list(self.recent),
@@ -350,11 +393,34 @@ class Training:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         self.step = state.step
         self.skipped = progress["skipped"]
+        self.damaged = progress.get("damaged", 0)
         self.loss_sum = progress["loss_sum"]
         self.loss_count = progress["loss_count"]
         self.recent.extend((distance, loss) for distance, loss in progress["recent"])
         logger.warning("Going on from %s, step %d of %d.", folder, self.step, self.steps)
         return StreamState.from_list(progress["streams"][self.accelerator.process_index % len(progress["streams"])])
+
+    def _fail(self, failure: DatasetError | None, stream_state: StreamState, keep: bool) -> NoReturn:
+        """End on all processes alike, because one of them cannot read its images.
+
+        Args:
+            failure: What is wrong with those of this process.
+            stream_state: How far the stream was read for the steps that were made.
+            keep: Whether to write a checkpoint.
+        """
+        own = None
+        if failure is not None:
+            advice = " Or set skip_damaged." if isinstance(failure, UnreadableImageError) else ""
+            own = f"{failure}{advice}"
+        reason = next(text for text in gather_object([own]) if text)
+        kept = "No checkpoint was written."
+        if self.args.output_dir and self.step and keep:
+            self._save(stream_state)
+            kept = (
+                f"A checkpoint of it is in {self.args.output_dir}: go on with resume_from_checkpoint='latest' and as "
+                "many images as before."
+            )
+        raise DatasetError(f"{reason} The last step was {self.step} of {self.steps}. {kept}")
 
     def _stop(self, signum: int) -> None:
         name = signal.Signals(signum).name
@@ -368,8 +434,3 @@ class Training:
 
 def _on_device(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     return None if value is None else value.to(device)
-
-
-def _mean_or_zero(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / max(len(values), 1)

@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from transformers.utils import logging
 
 from tocom_hf.distillation.keyed_random import image_keys
-from tocom_hf.errors import DatasetError
+from tocom_hf.errors import DatasetError, UnreadableImageError
 
 
 logger = logging.get_logger(__name__)
+
+_MAX_DAMAGED = 10  # damaged images in a row that are passed over
 
 
 class TrainingOrder(Sampler[int]):
@@ -60,14 +62,29 @@ class KeyedImages(Dataset):
     Args:
         dataset: Samples with `pixel_values`, or `TrainingImages`.
         seed: Seed of the training.
+        skip_damaged: Take another image in the place of one that is damaged. Which one is a function of the position,
+            so it is the same whichever process or worker finds the damage. Samples then tell how many images were
+            passed over for them.
     """
 
-    def __init__(self, dataset: Any, seed: int):
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: Any, seed: int, skip_damaged: bool = False):
+        self.dataset, self.seed, self.skip_damaged = dataset, seed, skip_damaged
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         epoch, index = divmod(position, len(self.dataset))
-        return _keyed_sample(self.dataset, index, self.seed, epoch, index)
+        if not self.skip_damaged:
+            return _keyed_sample(self.dataset, index, self.seed, epoch, index)
+        chosen = index
+        for damaged in itertools.count():
+            try:
+                sample = _keyed_sample(self.dataset, chosen, self.seed, epoch, index)
+                return {**sample, "damaged": torch.tensor(damaged)}
+            except UnreadableImageError as error:
+                _pass_over(error, damaged + 1)
+            # numbered from 1: a seed that ends in 0 is the one without it, which decides the view
+            draw = np.random.default_rng((self.seed, epoch, index, damaged + 1))
+            chosen = int(draw.integers(len(self.dataset)))
+        raise AssertionError  # the loop has no end
 
 
 @dataclass
@@ -105,6 +122,7 @@ class KeyedStream(IterableDataset):
         batch_size: Samples of a batch; each worker delivers whole batches.
         shuffle_buffer_size: Samples that are shuffled among each other; shards are shuffled anyhow.
         state: Where to go on.
+        skip_damaged: Pass over damaged images. Samples then tell how many there were since the one before.
     """
 
     def __init__(
@@ -116,8 +134,9 @@ class KeyedStream(IterableDataset):
         batch_size: int,
         shuffle_buffer_size: int,
         state: StreamState | None = None,
+        skip_damaged: bool = False,
     ):
-        self.images, self.seed = images, seed
+        self.images, self.seed, self.skip_damaged = images, seed, skip_damaged
         self.process_index, self.num_processes = process_index, num_processes
         self.stream: HubStream = split_dataset_by_node(images.images, rank=process_index, world_size=num_processes)
         self.shuffle_buffer_size = shuffle_buffer_size
@@ -129,11 +148,13 @@ class KeyedStream(IterableDataset):
         if worker < self.state.next_worker:
             # the loader asks its workers in turn, beginning with the first, but it is a later one's turn
             blank = {"pixel_values": torch.empty(0), "key": torch.tensor(0), "place": torch.tensor([worker, -1, 0])}
+            blank |= {"damaged": torch.tensor(0)} if self.skip_damaged else {}
             yield from itertools.repeat(blank, self.batch_size)
         first_epoch, done = self.state.done.get(worker, (0, 0))
         # here, so that it is the worker's own: a stream keeps its epoch in memory that it shares with all workers, and
         # one of them would begin its epoch in the order of another that is ahead
         stream = self.stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer_size)
+        damaged = 0
         for epoch in itertools.count(first_epoch):
             stream.set_epoch(epoch)
             count = 0
@@ -141,7 +162,17 @@ class KeyedStream(IterableDataset):
                 if epoch == first_epoch and count <= done:
                     continue
                 index = (count * num_workers + worker) * self.num_processes + self.process_index
-                keyed = _keyed_sample(self.images, sample, self.seed, epoch, index)
+                try:
+                    keyed = _keyed_sample(self.images, sample, self.seed, epoch, index)
+                except UnreadableImageError as error:
+                    if not self.skip_damaged:
+                        raise
+                    damaged += 1
+                    _pass_over(error, damaged)
+                    continue
+                if self.skip_damaged:
+                    keyed["damaged"] = torch.tensor(damaged)
+                damaged = 0
                 yield {**keyed, "place": torch.tensor([worker, epoch, count])}
             if count == 0:
                 raise DatasetError(
@@ -164,6 +195,7 @@ class TrainingLoader:
 
     Attributes:
         stream_state: How far the stream was read for the batches delivered so far.
+        damaged: Images that were passed over for them, with `args.skip_damaged`; int64 `()` on the device.
     """
 
     def __init__(
@@ -177,6 +209,7 @@ class TrainingLoader:
         stream_state: StreamState | None = None,
     ):
         self.accelerator, self.stream_state = accelerator, copy.deepcopy(stream_state or StreamState())
+        self.damaged = torch.zeros((), dtype=torch.long, device=accelerator.device)
         settings: dict[str, Any] = {
             "batch_size": args.per_device_train_batch_size,
             "num_workers": args.dataloader_num_workers,
@@ -191,6 +224,7 @@ class TrainingLoader:
                 args.per_device_train_batch_size,
                 args.shuffle_buffer_size,
                 stream_state,
+                args.skip_damaged,
             )
             shards = max(stream.stream.num_shards, 1)
             if args.dataloader_num_workers > shards:
@@ -200,7 +234,7 @@ class TrainingLoader:
             self._loader = DataLoader(stream, **settings)
         else:
             order = TrainingOrder(len(dataset), global_batch, args.seed, steps, start)
-            loader = DataLoader(KeyedImages(dataset, args.seed), sampler=order, **settings)
+            loader = DataLoader(KeyedImages(dataset, args.seed, args.skip_damaged), sampler=order, **settings)
             self._loader = accelerator.prepare_data_loader(loader)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -212,7 +246,10 @@ class TrainingLoader:
                     continue
                 self.stream_state.done[worker] = (epoch, count)
                 self.stream_state.next_worker = (worker + 1) % self._num_workers
-            yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+            batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+            if "damaged" in batch:
+                self.damaged += batch.pop("damaged").sum()
+            yield batch
 
 
 def is_stream(dataset: Any) -> bool:
@@ -226,3 +263,12 @@ def _keyed_sample(dataset: Any, sample: Any, seed: int, epoch: int, index: int) 
     else:
         pixel_values = dataset[sample]["pixel_values"]
     return {"pixel_values": pixel_values, "key": image_keys(seed, torch.tensor(epoch), torch.tensor(index))}
+
+
+def _pass_over(error: UnreadableImageError, in_a_row: int) -> None:
+    """Say that an image is left out, once in each process, and give up where too many are."""
+    if in_a_row > _MAX_DAMAGED:
+        raise DatasetError(
+            f"{in_a_row} images in a row are damaged, too many to pass over all of them. The last one: {error}"
+        ) from error
+    logger.warning_once(f"Passed over: {error}")
