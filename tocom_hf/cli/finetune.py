@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tocom_hf.cli.endings import run_command
-from tocom_hf.cli.loading import load_config, load_model, load_processor, refused_input
+from tocom_hf.cli.loading import load_config, load_processor, refused_input
 from tocom_hf.errors import ArgumentError, DatasetError
 
 
@@ -115,8 +115,8 @@ def compute_accuracy(prediction: Any) -> dict[str, float]:
 def find_start(script: ScriptArguments, training: "TrainingArguments") -> "tuple[str, PreTrainedConfig]":
     """Where the weights come from that the training starts with, and their configuration.
 
-    Trainer does not convert the key names that transformers writes, so the weights to resume from are loaded here, and
-    the best ones at the end. Checkpoints of LoRA hold adapters alone, which it does load.
+    A run that is resumed goes on with the head of its checkpoint, in the order of its classes. Checkpoints of LoRA hold
+    adapters alone, which Trainer loads.
     """
     start = script.model_name_or_path
     if training.resume_from_checkpoint and not script.lora_rank:
@@ -202,8 +202,7 @@ def label_for_training(config: "PreTrainedConfig", id2label: dict[int, str]) -> 
 
 
 def finetune(arguments: "tuple[ScriptArguments, TrainingArguments]") -> None:
-    import torch
-    from transformers import AutoModelForImageClassification, Trainer, set_seed
+    from transformers import Trainer, set_seed
 
     from tocom_hf.cli.fine_tunable import classifier_config, find_classifier, load_classifier, require_mergeable
     from tocom_hf.data.colour import model_channels
@@ -247,11 +246,6 @@ def finetune(arguments: "tuple[ScriptArguments, TrainingArguments]") -> None:
             compute_metrics=compute_accuracy,
         )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    best = trainer.state.best_model_checkpoint
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # these load weights in names of their own
-    if training.load_best_model_at_end and best and not script.lora_rank and not sharded:
-        best_model = load_model(AutoModelForImageClassification, best, dtype=torch.float32)
-        model.load_state_dict(best_model.state_dict())
     if script.lora_rank:
         merged = trained.merge_and_unload()
         trainer.model = trainer.model_wrapped = merged
