@@ -106,7 +106,7 @@ def test_32_bits_are_refused_by_name(tmp_path, mode, ending):
     path = tmp_path / f"depth.{ending}"
     frames = [Image.new(mode, (4, 4), 70000), Image.new(mode, (4, 4), 1)]
     frames[0].save(path, **({"save_all": True, "append_images": frames[1:]} if ending == "tiff" else {}))
-    message = rf"depth\.{ending} in .* cannot be used: .* 32 bits \(Pillow's mode {mode}\).*Convert it to 8 or 16 bits"
+    message = rf"depth\.{ending} in .* cannot be used: .* 32 bits \(mode {mode}\).*Convert it to 8 or 16 bits"
     images = as_files(path)
     for read in (lambda: with_pixel_values(images, COLOUR)[0], lambda: TrainingImages(images, COLOUR)[0]):
         with pytest.raises(DatasetError, match=message):

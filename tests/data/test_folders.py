@@ -81,6 +81,27 @@ def test_sub_folders_called_like_splits_are_splits(tmp_path, train, validation, 
     assert len(both) == 6
 
 
+def test_splits_may_lie_in_the_only_sub_folder(tmp_path):
+    files = [f"data/images/{split}/{label}/{i}.png" for split in ("test", "train") for label in "ab" for i in range(2)]
+    folder = make_folder(tmp_path, files)
+    images = load_images(str(folder), split="test", label_column="label")
+    assert loaded_files(images, folder) == files[:4]
+    assert images["label"][:] == [0, 0, 1, 1]
+
+
+def test_the_only_sub_folder_may_have_a_class_called_train(tmp_path):
+    folder = make_folder(tmp_path, ["data/bus/1.png", "data/train/2.png"])
+    assert load_images(str(folder), label_column="label")["label"][:] == [0, 1]
+
+
+def test_splits_inside_of_classes_are_told_of(tmp_path, warnings):
+    """They are one split, and who trains on it would test on images that were trained on."""
+    folder = make_folder(tmp_path, ["cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/test/4.png"])
+    assert len(load_images(str(folder))) == 4
+    assert len(warnings) == 1
+    assert "are the split 'train', although folders in it are called test, train" in warnings[0]
+
+
 def test_the_names_of_splits_are_no_labels(tmp_path):
     folder = make_folder(tmp_path, ["train/1.png", "train/2.png", "test/3.png"])
     assert load_images(str(folder)).column_names == ["image"]

@@ -30,8 +30,8 @@ def to_channels(image: Image.Image, num_channels: int) -> Image.Image:
     if image.mode in ("I", "F"):
         kind = "floating point" if image.mode == "F" else "whole numbers"
         raise DatasetError(
-            f"Its pixels are {kind} of 32 bits (Pillow's mode {image.mode}), and where black and white are among these "
-            "is not known. Convert it to 8 or 16 bits first, or pass samples with finished pixel_values."
+            f"Pillow reads its pixels as {kind} of 32 bits (mode {image.mode}), and where black and white are among "
+            "these is not known. Convert it to 8 or 16 bits (PNG) first, or pass samples with finished pixel_values."
         )
     if image.mode.startswith("I;16"):
         tags = getattr(image, "tag_v2", {})

@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tocom_hf.data.colour import to_channels
 from tocom_hf.errors import DatasetError, UnreadableImageError
@@ -28,7 +28,9 @@ def decode_image(
     try:
         image = read()
     except Exception as error:  # Pillow has no type of its own: of damaged files come nearly all that there are
-        reason = str(error) or type(error).__name__
+        # Pillow's text shows the address of an object
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "it is of no image format that Pillow knows" if unknown else str(error) or type(error).__name__
         # what has a number comes from the operating system, which may have another answer next time
         lasting = local and not isinstance(error, MemoryError) and getattr(error, "errno", None) is None
         kind = UnreadableImageError if lasting else DatasetError

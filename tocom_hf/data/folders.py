@@ -137,8 +137,9 @@ class ImageFolder:
 def find_image_folder(path: Path) -> ImageFolder | None:
     """Look at a local folder.
 
-    Its direct sub-folders are splits where they are called train, validation or test (or as in `SPLIT_FOLDERS`).
-    Otherwise all images are the split `train`: a folder called train beside bus and car is a class like these.
+    Its direct sub-folders are splits where they are called train, validation or test (or as in `SPLIT_FOLDERS`), and
+    so are those of its only sub-folder. Otherwise all images are the split `train`: a folder called train beside bus
+    and car is a class like these.
 
     Returns:
         What it holds; `None` for what is left to `datasets`: folders of parquet files and their like, with archives,
@@ -150,17 +151,21 @@ def find_image_folder(path: Path) -> ImageFolder | None:
     others = {file.suffix.lower() for file in files if file.name not in _METADATA}
     if not images or others & _TABLES or ".zip" in others or names_its_files(path):
         return None
-    folders = _split_folders(images)
+    base = _only_folder(images)
+    folders = _split_folders([image.relative_to(base) for image in images])
     if not folders:
+        _warn_of_deeper_splits(path, images)
         return ImageFolder(path, {"train": Split([PurePath()], images, metadata)}, [], links)
     splits: dict[str, Split] = {}
+    outside = {*images, *metadata}
     for folder, name in sorted(folders.items()):
         part = splits.setdefault(name, Split())
-        part.roots.append(PurePath(folder))
-        part.images += [image for image in images if image.parts[0] == folder]
-        part.metadata += [file for file in metadata if file.parts[0] == folder]
-    outside = [file for file in (*images, *metadata) if file.parts[0] not in folders]
-    return ImageFolder(path, splits, outside, links)
+        part.roots.append(base / folder)
+        own = [[file for file in files if file.is_relative_to(base / folder)] for files in (images, metadata)]
+        part.images += own[0]
+        part.metadata += own[1]
+        outside.difference_update(*own)
+    return ImageFolder(path, splits, sorted(outside), links)
 
 
 def find_unused(path: Path, builder: datasets.DatasetBuilder) -> list[PurePath]:
@@ -219,6 +224,29 @@ def names_its_files(path: Path) -> bool:
         return True
     card = path / datasets.config.REPOCARD_FILENAME
     return card.is_file() and "configs" in DatasetCard.load(card).data.to_dict()
+
+
+def _only_folder(images: list[PurePath]) -> PurePath:
+    """The folder in which all images lie, down to where there are several or where they are called like a split."""
+    base = PurePath()
+    while True:
+        rest = [image.relative_to(base).parts for image in images]
+        tops = {parts[0] for parts in rest}
+        if len(tops) > 1 or len(rest[0]) == 1 or next(iter(tops)).casefold() in SPLIT_FOLDERS:
+            return base
+        base /= tops.pop()
+
+
+def _warn_of_deeper_splits(path: Path, images: list[PurePath]) -> None:
+    """Say so where the images of splits may be mixed, because their folders lie too deep."""
+    names = {name for image in images for name in image.parts[:-1] if name.casefold() in SPLIT_FOLDERS}
+    if len({SPLIT_FOLDERS[name.casefold()] for name in names}) > 1:
+        logger.warning(
+            "All images of %s are the split 'train', although folders in it are called %s: splits are direct "
+            "sub-folders, with the folders of the classes in them.",
+            path,
+            ", ".join(sorted(names)),
+        )
 
 
 def _split_folders(images: list[PurePath]) -> dict[str, str]:
