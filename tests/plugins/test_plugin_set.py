@@ -4,10 +4,18 @@ import os
 
 import pytest
 import torch
+from helpers.families import COMMON
 from helpers.models import make_model, make_plugins
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import (
+    AutoModel,
+    DeiTForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEModel,
+)
 
 from tocom_hf import (
     BackboneMismatchError,
@@ -234,3 +242,20 @@ def test_a_file_in_the_way_of_a_folder_is_named(plugins, tmp_path):
 def test_what_is_neither_folder_nor_hub_id_is_refused(name, error):
     with pytest.raises(error):
         PluginSet.from_pretrained(name, local_files_only=True)
+
+
+def test_plugins_of_a_masked_autoencoder_fit_the_vit_that_is_fine_tuned_from_it(pixel_values):
+    """transformers fine-tunes ViT-MAE as ViT, with the same layers."""
+    torch.manual_seed(0)
+    mae = ViTMAEModel(ViTMAEConfig(**COMMON, mask_ratio=0.0)).eval()
+    vit = ViTForImageClassification(ViTConfig(**COMMON)).eval()
+    vit.vit.load_state_dict(mae.state_dict())
+    plugins = make_plugins(mae)
+    model = TocomModel.from_pretrained(vit, plugins=plugins, source_r=0, target_r=4)
+    assert model.vit.config.model_type == "vit"
+    change = plugins.compose(0, 4)
+    path = "layers.2.attention.q_proj"
+    expected = change.apply(path, mae.get_submodule(path).weight)
+    assert torch.equal(model.vit.get_submodule(path).weight, expected)
+    with pytest.raises(BackboneMismatchError, match="model_type is 'deit', the set's is 'vit_mae'"):
+        TocomModel.from_pretrained(make_model(DeiTForImageClassification), plugins=plugins, source_r=0)

@@ -31,6 +31,8 @@ class Architecture:
             positions that they came from.
         shuffles_patches: Whether every call puts the patches in a random order, as masked autoencoders do.
         spectrograms: Whether the model takes `input_values`, `(batch, frames, mel bins)`, instead of images.
+        fine_tuned_as: Model type that checkpoints become when they are fine-tuned, with the same layers; by default
+            their own. Plugins of the one fit the other.
     """
 
     layers: str = "layers"
@@ -52,6 +54,7 @@ class Architecture:
     restore: bool = False
     shuffles_patches: bool = False
     spectrograms: bool = False
+    fine_tuned_as: str | None = None
 
     @property
     def query_and_value(self) -> tuple[str, str]:
@@ -85,7 +88,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vit": Architecture(),
     "deit": Architecture(protected=2),  # class and distillation token
     "vit_msn": Architecture(),
-    "vit_mae": Architecture(shuffles_patches=True),
+    "vit_mae": Architecture(shuffles_patches=True, fine_tuned_as="vit"),
     "dinov2": _DINOV2,
     "dinov2_with_registers": replace(_DINOV2, registers="num_register_tokens"),
     "clip_vision_model": _CLIP,

@@ -54,7 +54,9 @@ class BackboneFacts:
     def check(self, backbone: Backbone, base_model: str | None) -> None:
         """Raise `BackboneMismatchError` unless `backbone` is this one, or was fine-tuned from it."""
         found = BackboneFacts.of(backbone)
-        names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+        names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"]
+        if _fine_tuned_as(found.model_type) != _fine_tuned_as(self.model_type):
+            names.insert(0, "model_type")
         wrong = [
             f"{name} is {getattr(found, name)!r}, the set's is {getattr(self, name)!r}"
             for name in names
@@ -257,6 +259,11 @@ def _checked(path: Path, content: Any, types: dict[str, Any]) -> dict[str, Any]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, _NUMBER) and not isinstance(value, bool) and abs(value) < 1e30  # false for NaN
+
+
+def _fine_tuned_as(model_type: str) -> str:
+    """The model type of checkpoints that are fine-tuned from one: a masked autoencoder becomes a ViT."""
+    return ARCHITECTURES[model_type].fine_tuned_as or model_type
 
 
 def _as_json(value: Any) -> Any:
