@@ -38,7 +38,7 @@ def commands(inputs, checkpoint):
                      "--test_split", "train[:50%]", "--validation_split", "train[50%:]", "--scales", 0.1,
                      "--speed_rounds", 0, "--output_dir", "out"],
         "finetune": ["--model_name_or_path", model, *data, "--output_dir", "out", "--max_steps", 1, "--eval_split",
-                     "train[:4]", "--train_split", "train[4:]", "--report_to", "none"],
+                     "train[:2]", "--train_split", "train[2:]", "--report_to", "none"],
         "fit-scales": ["--model_name_or_path", model, "--plugins", plugins, "--source_r", 0, *data, "--max_steps", 1,
                        "--output_dir", "out"],
         "visualize": ["--model_name_or_path", model, "--images", images / "cat/0.png", "--output", "out.png"],
