@@ -13,9 +13,9 @@ from tocom_hf.merging.layers import TokenState
 from tocom_hf.merging.tokens import follow_tokens, restore_tokens
 
 
-# these hook layers for purposes of their own: transformers records the hidden states that are restored here, torch
-# shards weights
-_KNOWN_HOOKS = ("transformers.", "torch.", "tocom_hf.")
+# these hook layers for purposes of their own: transformers records the hidden states that are restored here, the others
+# gather and move weights
+_KNOWN_HOOKS = ("transformers.", "torch.", "deepspeed.", "accelerate.")
 
 
 class RestoreHook:
