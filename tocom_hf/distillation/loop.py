@@ -9,7 +9,6 @@ import copy
 import math
 import signal
 import time
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -26,7 +25,7 @@ from tocom_hf.distillation.agreement import agreement_sums
 from tocom_hf.distillation.arguments import DistillationArguments
 from tocom_hf.distillation.augmentation import Augmentation, augment
 from tocom_hf.distillation.degrees import DegreePair, find_sampler
-from tocom_hf.distillation.figures import losses_by_distance, mean_or_zero
+from tocom_hf.distillation.figures import Figures
 from tocom_hf.distillation.order import StreamState, TrainingLoader, is_stream
 from tocom_hf.distillation.run_state import RunState
 from tocom_hf.distillation.stop_signal import StopSignal
@@ -42,8 +41,6 @@ from tocom_hf.plugins.agreement import AgreementGrid
 
 
 logger = logging.get_logger(__name__)
-
-_RECENT = 200  # steps that the figures on the way are means of
 
 
 class _Shared(NamedTuple):
@@ -111,13 +108,8 @@ class Training:
             **facts,
         }
         self.step = 0
-        self.skipped = 0
-        self.damaged = 0
+        self.figures = Figures()
         self.last_batch: Any = None
-        self.loss_sum = 0.0
-        self.loss_count = 0
-        # distance |m - n| and loss of the last steps
-        self.recent: deque[tuple[int, float]] = deque(maxlen=_RECENT)
 
     def run(self, resume: tuple[Path, RunState] | None = None) -> dict[str, Any]:
         """Train to the end.
@@ -145,20 +137,20 @@ class Training:
             with torch.no_grad():
                 for parameter, mean in zip(self.parameters.values(), self.average, strict=True):
                     parameter.copy_(mean)
-        figures: dict[str, Any] = {
+        record: dict[str, Any] = {
             "steps": self.steps,
             "global_batch_size": self.global_batch,
-            "skipped_steps": self.skipped,
-            "mean_loss": self.loss_sum / max(self.loss_count, 1),
-            "loss_by_distance": losses_by_distance(self.recent, self.args.max_r),
+            "skipped_steps": self.figures.skipped,
+            "mean_loss": self.figures.mean_loss,
+            "loss_by_distance": self.figures.by_distance(self.args.max_r),
         }
         if self.args.skip_damaged:
-            figures["damaged_images"] = self.damaged
+            record["damaged_images"] = self.figures.damaged
         if self.eval_dataset is not None:
             grid = self.measure_agreement()
             self._check_agreement(grid)
-            figures["agreement"] = grid.to_dict()
-        return figures
+            record["agreement"] = grid.to_dict()
+        return record
 
     def measure_agreement(self) -> AgreementGrid:
         """The agreement grid on the images held out, by all processes together."""
@@ -207,7 +199,7 @@ class Training:
             )
             if failed:
                 self._fail(failure, place, keep=in_a_row == 0)
-            self.damaged += damaged
+            self.figures.damaged += damaged
             norm = self._clip()
             # fp16's loss scaling finds out for itself how large gradients may get
             finite = math.isfinite(value) and (self.accelerator.scaler is not None or math.isfinite(norm))
@@ -220,7 +212,7 @@ class Training:
                 self.accelerator.scaler.update()
             self.optimizer.zero_grad()
             in_a_row = 0 if finite else in_a_row + 1
-            self.skipped += not finite
+            self.figures.skipped += not finite
             if in_a_row >= args.max_nonfinite_steps:
                 raise DistillationError(
                     f"The loss was not finite in {in_a_row} steps in a row, up to step {self.step}. The plugins were "
@@ -230,9 +222,7 @@ class Training:
             self.step += 1
             bar.update()
             if finite:
-                self.recent.append((abs(pairs[0][0] - pairs[0][1]), value))
-                self.loss_sum += value
-                self.loss_count += 1
+                self.figures.add(abs(pairs[0][0] - pairs[0][1]), value)
             if self.step % args.logging_steps == 0 or self.step == self.steps:
                 now = time.perf_counter()
                 speed = (self.step - logged) * self.global_batch / (now - since)
@@ -315,16 +305,17 @@ class Training:
         )
 
     def _log(self, bar: tqdm, rate: float, norm: float, speed: float) -> None:
-        mean = mean_or_zero(loss for _, loss in self.recent)
-        by_distance = losses_by_distance(self.recent, self.args.max_r)
-        figures = {"loss": mean, "learning_rate": rate, "grad_norm": norm, "images_per_second": speed}
-        figures |= {f"loss/distance_{name}": value for name, value in by_distance.items()}
-        counts = {"skipped_steps": self.skipped}
+        figures = self.figures
+        mean = figures.recent_loss
+        by_distance = figures.by_distance(self.args.max_r)
+        logged = {"loss": mean, "learning_rate": rate, "grad_norm": norm, "images_per_second": speed}
+        logged |= {f"loss/distance_{name}": value for name, value in by_distance.items()}
+        logged["skipped_steps"] = figures.skipped
         if self.args.skip_damaged:
-            counts["damaged_images"] = self.damaged
-        self.accelerator.log({**figures, **counts}, step=self.step)
+            logged["damaged_images"] = figures.damaged
+        self.accelerator.log(logged, step=self.step)
         parts = " ".join(f"{name}:{value:.3g}" for name, value in by_distance.items())
-        damaged = f", {self.damaged} damaged" if self.damaged else ""
+        damaged = f", {figures.damaged} damaged" if figures.damaged else ""
         bar.set_postfix_str(f"loss {mean:.3g} (|m-n| {parts}), lr {rate:.1e}, {speed:.1f} images/s{damaged}")
 
     def _log_agreement(self) -> None:
@@ -359,11 +350,7 @@ class Training:
                 tensors[f"average.{name}"] = mean
             scaler = self.accelerator.scaler
             progress = {
-                "skipped": self.skipped,
-                "damaged": self.damaged,
-                "loss_sum": self.loss_sum,
-                "loss_count": self.loss_count,
-                "recent": list(self.recent),
+                **self.figures.to_dict(),
                 "streams": streams,
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
@@ -392,11 +379,7 @@ class Training:
         if self.accelerator.scaler is not None and progress["scaler"]:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         self.step = state.step
-        self.skipped = progress["skipped"]
-        self.damaged = progress.get("damaged", 0)
-        self.loss_sum = progress["loss_sum"]
-        self.loss_count = progress["loss_count"]
-        self.recent.extend((distance, loss) for distance, loss in progress["recent"])
+        self.figures = Figures.from_dict(progress)
         logger.warning("Going on from %s, step %d of %d.", folder, self.step, self.steps)
         return StreamState.from_list(progress["streams"][self.accelerator.process_index % len(progress["streams"])])
 
