@@ -186,7 +186,11 @@ def _require_same(adapter: LoraFiles, expected: dict[str, torch.Tensor], class_n
     """Raise `PluginFileError` unless every weight of an adapter has its place, and none is missing beside them."""
     given = adapter.weights
     problems = [f"{name} has no place in {class_name}" for name in given if name not in expected]
-    problems += [f"{name} is missing" for name in expected if name not in given and _is_due(adapter, name)]
+    problems += [
+        f"{name} is missing{' (PEFT before 0.21 did not save it)' if _is_adapted_bias(adapter, name) else ''}"
+        for name in expected
+        if name not in given and _is_due(adapter, name)
+    ]
     problems += [
         f"{name} has the shape {tuple(weight.shape)}, the model's place for it {tuple(expected[name].shape)}"
         for name, weight in given.items()
@@ -206,6 +210,8 @@ def _is_due(adapter: LoraFiles, name: str) -> bool:
     A target such as `dense` may also stand for a layer that the model of the adapter did not have, a pooler for
     instance. That stays as it is.
     """
+    if _is_adapted_bias(adapter, name):
+        return True
     path, _, last = name.rpartition(".")
     trained_bias = last == "bias" and adapter.content.get("bias") != "none" and f"{path}.weight" not in adapter.weights
     if ".lora_" not in name and not trained_bias:
@@ -214,6 +220,13 @@ def _is_due(adapter: LoraFiles, name: str) -> bool:
     if any(layer.endswith(f".{target}") for target in adapter.unused_targets()):
         return True
     return _kind(name) in {_kind(other) for other in adapter.weights}
+
+
+def _is_adapted_bias(adapter: LoraFiles, name: str) -> bool:
+    """Whether it is the bias of a layer that the adapter changes, where it trained biases too."""
+    layer, _, last = name.rpartition(".base_layer.")
+    trained = last == "bias" and adapter.content.get("bias") in ("all", "lora_only")
+    return trained and any(other.startswith(f"{layer}.lora_") for other in adapter.weights)
 
 
 def _kind(name: str) -> str:
