@@ -86,6 +86,8 @@ class ForkServer:
         return finished
 
     def close(self):
+        # an end of file would not come while processes that the session has forked are left, which hold the pipe too
+        self.process.stdin.write("\n")
         self.process.stdin.close()
         self.process.wait(30)
         self.process.stdout.close()
@@ -114,7 +116,10 @@ def ranks(count: int, machines: int = 1) -> list[dict[str, str]]:
 
 
 def serve() -> None:
-    """Read jobs from the standard input, one a line, and answer each with the exit codes of its processes."""
+    """Read jobs from the standard input, one a line, and answer each with the exit codes of its processes.
+
+    An empty line ends it.
+    """
     for module in PRELOADED:
         importlib.import_module(module)
     # the answers go where only this process writes: what is imported may print
@@ -122,6 +127,8 @@ def serve() -> None:
     os.dup2(2, 1)
     context = multiprocessing.get_context("fork")
     for line in sys.stdin:
+        if not line.strip():
+            break
         job = json.loads(line)
         children = [context.Process(target=_run, args=(job, process)) for process in job["processes"]]
         for child in children:
