@@ -202,6 +202,11 @@ def test_the_code_of_a_checkpoint_card_runs_for_every_family(family, tmp_path, m
         assert namespace["model"].target_r == 1
 
 
+def test_the_card_of_a_checkpoint_for_grey_images_gives_it_such():
+    composed = TocomModel.from_pretrained(make_model(num_channels=1), source_r=3)
+    assert "torch.randn(1, 1, 32, 32)" in checkpoint_card(composed.config, None, "user/tuned").text
+
+
 def test_the_card_of_a_checkpoint_without_plugins():
     composed = TocomModel.from_pretrained(make_model(), source_r=3)
     card = checkpoint_card(composed.config, None, "user/tuned")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tocom_hf.cli.endings import CommandParser, run_command
-from tocom_hf.cli.loading import load_config, load_model, load_processor, make_accelerator
+from tocom_hf.cli.loading import load_config, load_model, load_processor, make_accelerator, unmasked
 from tocom_hf.errors import DatasetError
 
 
@@ -98,14 +98,13 @@ def load_pretrained(script: ScriptArguments) -> Any:
         model_class = getattr(transformers, heads[0], transformers.AutoModelForImageClassification)
     elif tower is not None and tower.model_type in ARCHITECTURES:
         model_class = transformers.AutoModel._model_mapping[type(tower)]
-    settings = {"mask_ratio": 0.0} if config.model_type == "vit_mae" else {}
     return load_model(
         model_class,
         script.model_name_or_path,
         revision=script.model_revision,
         dtype=torch.float32,
         attn_implementation=script.attn_implementation,
-        **settings,
+        **unmasked(config),
     )
 
 

@@ -79,17 +79,19 @@ def require_mergeable(config: "PreTrainedConfig", source_r: int) -> None:
     Raises:
         DegreeError: if it is negative, or more than half of the patches.
     """
+    from tocom_hf.merging.inputs import as_pair
     from tocom_hf.merging.schedule import require_degree
 
     require_degree(source_r, "source_r")
     vision: Any = getattr(config, "vision_config", config)
-    height, width = _pair(vision.image_size)
-    rows, columns = (size // patch for size, patch in zip((height, width), _pair(vision.patch_size), strict=True))
-    most = rows * columns // 2
+    height, width = as_pair(vision.image_size)
+    patch_height, patch_width = as_pair(vision.patch_size)
+    patches = (height // patch_height) * (width // patch_width)
+    most = patches // 2
     if source_r > most:
         raise DegreeError(
             f"source_r={source_r} is more than any layer can merge: an image of {height} x {width} pixels has "
-            f"{rows * columns} patches, of which a layer merges at most {most}. Pass a --source_r up to that."
+            f"{patches} patches, of which a layer merges at most {most}. Pass a --source_r up to that."
         )
 
 
@@ -163,7 +165,3 @@ def _require_backbone(report: dict[str, Any], name: str) -> None:
             f"The weights of {name!r} do not fit its config.json: {len(needed)} of the backbone are missing or of "
             f"another size, such as {needed[0]}, and would start at random. Save the model anew with save_pretrained."
         )
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -48,6 +48,11 @@ def load_model(model_class: Any, name: str | Path, **arguments: Any) -> Any:
         return model_class.from_pretrained(name, **arguments)
 
 
+def unmasked(config: Any) -> dict[str, Any]:
+    """What to load a model with so that it sees all patches, which a masked autoencoder drops at random."""
+    return {"mask_ratio": 0.0} if hasattr(config, "mask_ratio") else {}
+
+
 def load_processor(name: str | Path, **arguments: Any) -> Any:
     """The image processor of a checkpoint."""
     from transformers import AutoImageProcessor

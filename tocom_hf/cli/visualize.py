@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tocom_hf.cli.endings import CommandParser, positive_integer, run_command
-from tocom_hf.cli.loading import load_config, load_model, load_processor, refused_input
+from tocom_hf.cli.loading import load_config, load_model, load_processor, refused_input, unmasked
 from tocom_hf.errors import ArgumentError, UnsupportedModelError
 
 
@@ -76,9 +76,8 @@ def visualize(args: argparse.Namespace) -> None:
 
     if not args.output.suffix or not args.output.absolute().parent.is_dir():
         raise ArgumentError(f"--output {args.output} must be a picture, such as groups.png, in a folder that exists.")
-    # a masked autoencoder shows all of its patches
-    settings = {"mask_ratio": 0.0} if load_config(args.model_name_or_path).model_type == "vit_mae" else {}
-    model = load_model(AutoModel, args.model_name_or_path, **settings).eval()
+    config = load_config(args.model_name_or_path)
+    model = load_model(AutoModel, args.model_name_or_path, **unmasked(config)).eval()
     backbone = find_backbone(model).module  # of CLIP the vision part
     layers = len(find_backbone(model).layers)
     if not -layers <= args.layer < layers:

@@ -17,13 +17,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from tocom_hf.distillation.agreement import agreement_sums
+from tocom_hf.distillation.agreement import agreement_sums, held_out_batches, warn_of_harm
 from tocom_hf.distillation.arguments import DistillationArguments
-from tocom_hf.distillation.augmentation import Augmentation, augment
+from tocom_hf.distillation.augmentation import augment
 from tocom_hf.distillation.degrees import DegreePair, find_sampler
 from tocom_hf.distillation.figures import Figures
 from tocom_hf.distillation.order import StreamState, TrainingLoader, is_stream
@@ -159,7 +159,13 @@ class Training:
             sums = agreement_sums(
                 self.distiller.judge,
                 self.distiller.objective.judge.agreement,
-                self._held_out_batches(),
+                held_out_batches(
+                    self.eval_dataset,  # type: ignore[arg-type]
+                    self.accelerator,
+                    self.args.per_device_train_batch_size,
+                    self.mean,
+                    self.std,
+                ),
                 self.args.sources(),
                 self.args.degrees(),
                 self.accelerator.device,
@@ -167,18 +173,6 @@ class Training:
         self.distiller.plugins.train()
         sums = self.accelerator.reduce(sums, "sum")
         return AgreementGrid.from_sums(sums, self.args.sources(), self.args.degrees())
-
-    def _held_out_batches(self) -> Iterator[torch.Tensor]:
-        """The part of the images held out that this process looks at, normalised and not augmented."""
-        processes = self.accelerator.num_processes
-        # as many for each: where weights are sharded, all processes must run the model equally often
-        count = len(self.eval_dataset) // processes * processes  # type: ignore[arg-type]
-        own = range(self.accelerator.process_index, count, processes)
-        subset = Subset(self.eval_dataset, list(own))  # type: ignore[arg-type]
-        for batch in DataLoader(subset, batch_size=self.args.per_device_train_batch_size):
-            pixel_values = batch["pixel_values"].to(self.accelerator.device)
-            no_keys = torch.zeros(len(pixel_values), dtype=torch.long, device=pixel_values.device)
-            yield augment(pixel_values, no_keys, Augmentation(), self.mean, self.std)
 
     def _train(self, batches: Iterator, loader: TrainingLoader, stop: StopSignal, bar: tqdm) -> None:
         args = self.args
@@ -325,17 +319,10 @@ class Training:
             self.accelerator.log({"agreement/plain": plain, "agreement/tocom": tocom}, step=self.step)
 
     def _check_agreement(self, grid: AgreementGrid) -> tuple[float, float] | None:
-        """Say so where plugins do more harm than good; returns the mean agreement without and with them."""
+        """The mean agreement without and with the plugins, which one of the processes warns of if they do harm."""
         means = grid.means()
-        if means is None:
-            return None
-        plain, tocom = (f"{100 * mean:.2f}" for mean in means)
-        if float(tocom) < float(plain) and self.accelerator.is_main_process:
-            logger.warning(
-                f"At step {self.step} of {self.steps} the plugins do harm: on images held out the mean agreement of "
-                f"student and teacher at different degrees is {tocom} % with them and {plain} % without. Lower "
-                "learning_rate, the more so the larger max_r is: what the plugins between two degrees change adds up."
-            )
+        if means is not None and self.accelerator.is_main_process:
+            warn_of_harm(*means, when=f"step {self.step} of {self.steps}")
         return means
 
     def _save(self, stream_state: StreamState) -> None:

@@ -117,7 +117,7 @@ def checkpoint_card(config: PreTrainedConfig, plugins: PluginSetConfig | None, r
         source_r=recorded["source_r"],
         target_r=recorded["target_r"],
         plugins=plugins,
-        **_inputs(vision.model_type, getattr(vision, "image_size", None)),
+        **_inputs(vision.model_type, getattr(vision, "image_size", None), getattr(vision, "num_channels", 3)),
     )
 
 
@@ -152,12 +152,12 @@ def _template(name: str) -> str:
     return (folder / name).read_text(encoding="utf-8")
 
 
-def _inputs(model_type: str, image_size: Any) -> dict[str, str]:
+def _inputs(model_type: str, image_size: Any, num_channels: int = 3) -> dict[str, str]:
     if ARCHITECTURES[model_type].spectrograms:
         shape, name = "model.config.max_length, model.config.num_mel_bins", "input_values"
         return {"input_name": name, "inputs": f"{name} = torch.randn(1, {shape})"}
     height, width = image_size if isinstance(image_size, list | tuple) else (image_size or 224,) * 2
-    return {"input_name": "pixel_values", "inputs": f"pixel_values = torch.randn(1, 3, {height}, {width})"}
+    return {"input_name": "pixel_values", "inputs": f"pixel_values = torch.randn(1, {num_channels}, {height}, {width})"}
 
 
 def _is_complete(entry: dict[str, Any]) -> bool:
