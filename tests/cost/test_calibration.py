@@ -48,17 +48,17 @@ OTHER = dataclasses.replace(CALIBRATION, model="vit with 12 layers")
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("r", [0, 2, 7, 40])
 def test_flops_follow_the_formula(r, attention):
-    """Two operations per multiply-add; the output projection and the MLP see the tokens that are left."""
+    """Two operations per multiply-add; the MLP sees the tokens that are left."""
     model = make_model(attn_implementation=attention)
     hidden, mlp, tokens, patches = 32, 64, 65, 64
     expected = patches * (3 * 4 * 4) * hidden  # patch embedding
     for _ in range(4):
         merged = min(r, (tokens - 1) // 2)
         left = tokens - merged
-        expected += 3 * tokens * hidden * hidden + 2 * tokens * tokens * hidden
+        expected += 4 * tokens * hidden * hidden + 2 * tokens * tokens * hidden
         # similarity of A and B tokens, of one head's channels
         expected += ((tokens - 1) // 2) * (tokens // 2) * (hidden // 4) if merged else 0
-        expected += left * hidden * hidden + 2 * left * hidden * mlp
+        expected += 2 * left * hidden * mlp
         tokens = left
     expected += hidden * 5  # classifier
     assert count_flops(model, r) == pytest.approx(2 * expected, rel=0.01)

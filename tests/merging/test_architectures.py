@@ -88,7 +88,7 @@ def test_degree_zero_is_the_untouched_model_bit_for_bit(family):
     model, inputs = family.make(), family.inputs()
     expected = family.result(model, inputs)
     assert torch.equal(family.result(apply_tome(model, 0), inputs), expected)
-    assert not torch.equal(family.result(apply_tome(model, 9), inputs).mean(), expected.mean())
+    assert not torch.equal(family.result(apply_tome(model, 9), inputs), expected)
     assert torch.equal(family.result(remove_tome(model), inputs), expected)
 
 

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 
 from tocom_hf import DegreeError
 from tocom_hf.merging.schedule import clamp_r, resolve_schedule, tokens_per_layer
-from tocom_hf.merging.tokens import extend_heads, match_tokens, merge_tokens, proportional_bias, weigh_merge
+from tocom_hf.merging.tokens import (
+    extend_heads,
+    match_tokens,
+    merge_tokens,
+    output_positions,
+    proportional_bias,
+)
 
 
 def merge_twice(metric, hidden_states, r, protected):
@@ -17,9 +23,8 @@ def merge_twice(metric, hidden_states, r, protected):
         degree = clamp_r(r, hidden_states.shape[1], protected)
         if degree:
             plan = match_tokens(metric, degree, protected)
-            merge = weigh_merge(plan, sizes)
-            sizes = merge.sizes
-            hidden_states, metric = merge_tokens(hidden_states, merge), merge_tokens(metric, merge)
+            metric, _ = merge_tokens(metric, sizes, plan)
+            hidden_states, sizes = merge_tokens(hidden_states, sizes, plan)
         results.append((hidden_states, sizes))
     return results
 
@@ -69,20 +74,36 @@ def test_ties_lose_no_token(tokens, protected):
     if r == 0:
         return
     plan = match_tokens(metric, r, protected)
-    merge = weigh_merge(plan, None)
-    sizes, merged = merge.sizes, merge_tokens(hidden_states, merge)
+    merged, sizes = merge_tokens(hidden_states, None, plan)
     assert merged.shape[1] == sizes.shape[1] == tokens - r
     assert (sizes.sum(1) == tokens).all()
     torch.testing.assert_close((merged * sizes[..., None]).sum(1), hidden_states.sum(1), rtol=1e-6, atol=1e-6)
     assert torch.equal(merged[:, :protected], hidden_states[:, :protected])
-    everything = torch.cat([plan.kept, plan.merged], dim=1).sort(dim=1).values
-    assert torch.equal(everything, torch.arange(tokens).expand(2, -1))
+    everything = torch.cat([plan.kept, plan.merged], dim=1).flatten().sort().values
+    assert torch.equal(everything, torch.arange(2 * tokens))
+    # of equals the first come first: the first A tokens, and all of them into the first B token
+    first_a = protected + protected % 2
+    assert plan.merged[0].tolist() == list(range(first_a, first_a + 2 * r, 2))
+    number_of_b = len(range(protected + 1 - protected % 2, tokens, 2))
+    assert (sizes[:, -number_of_b] == 1 + r).all()
+
+
+def test_positions_are_those_in_each_image():
+    """By a loop over the plan's rows."""
+    metric = torch.randn(3, 14, 4, generator=torch.Generator().manual_seed(0))
+    plan = match_tokens(metric, 5, 2)
+    positions = output_positions(plan)
+    for image in range(3):
+        for position, row in enumerate(plan.kept[image].tolist()):
+            assert positions[image, row - 14 * image] == position
+        for row, into in zip(plan.merged[image].tolist(), plan.into[image].tolist(), strict=True):
+            assert positions[image, row - 14 * image] == into - 9 * image
 
 
 def test_zero_keys_do_not_make_nan():
     metric, hidden_states = torch.zeros(1, 9, 4), torch.randn(1, 9, 3)
-    merge = weigh_merge(match_tokens(metric, 3, 1), None)
-    assert merge_tokens(hidden_states, merge).isfinite().all()
+    merged, _ = merge_tokens(hidden_states, None, match_tokens(metric, 3, 1))
+    assert merged.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -91,7 +112,7 @@ def test_half_precision_merges_the_same_tokens_as_its_values_in_float64(dtype):
     plan = match_tokens(metric, 8, 1)
     for image in range(2):
         edges = reference.match(metric[image].tolist(), 8, 1)
-        assert {a for a, _ in edges} == set(plan.merged[image].tolist())
+        assert {a for a, _ in edges} == {row - 33 * image for row in plan.merged[image].tolist()}
 
 
 def test_autocast_does_not_round_the_comparison():
@@ -104,10 +125,11 @@ def test_autocast_does_not_round_the_comparison():
 
 def test_gradients_of_merging_are_those_of_the_weighted_mean():
     metric = torch.randn(2, 11, 4, generator=torch.Generator().manual_seed(0))
-    merge = weigh_merge(match_tokens(metric, 4, 1), None)
-    merge = merge._replace(share=merge.share.double())
+    plan = match_tokens(metric, 4, 1)
+    # in float64, so that the shares are no coarser than the differences that are checked
+    sizes = torch.ones(2, 11, dtype=torch.float64)
     hidden_states = torch.randn(2, 11, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: merge_tokens(x, merge), (hidden_states,))
+    assert torch.autograd.gradcheck(lambda x: merge_tokens(x, sizes, plan)[0], (hidden_states,))
 
 
 def test_proportional_bias_is_the_log_of_the_sizes():

@@ -25,7 +25,7 @@ from tocom_hf.merging.tokens import (
     merge_tokens,
     proportional_bias,
     restore_tokens,
-    weigh_merge,
+    token_rows,
 )
 
 
@@ -49,11 +49,13 @@ class TokenState:
         sizes: Token sizes after each layer, float32 `(batch, tokens)`.
         plans: Merge plans of the layers. A layer that is recomputed (gradient checkpointing) merges by the plan that it
             made the first time.
+        rows: The numbers of all rows that tokens can have, made once for all layers.
     """
 
     settings: MergeSettings
     sizes: dict[int, torch.Tensor] = field(default_factory=dict)
     plans: dict[int, MergePlan] = field(default_factory=dict)
+    rows: torch.Tensor | None = None
 
 
 class AttentionCall(NamedTuple):
@@ -63,14 +65,15 @@ class AttentionCall(NamedTuple):
         settings: The settings of the call.
         sizes: Sizes of the tokens that enter, float32 `(batch, tokens)`, or `None` where all are 1.
         r: How many tokens to merge.
-        plan: The plan to merge by where the layer is recomputed, else `None`.
+        rows: The numbers of the rows that the plan is made of; `None` where there is none to make, because no token
+            merges or because the layer is recomputed.
         queries: How many tokens to compute, from the front; `None` for all.
     """
 
     settings: MergeSettings
     sizes: torch.Tensor | None
     r: int
-    plan: MergePlan | None
+    rows: torch.Tensor | None
     queries: int | None
 
 
@@ -97,23 +100,22 @@ class MergingLayer(Merging):
         # A mask that arrives here is one of ones, which transformers makes while a model is exported.
         if tome is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
-        call = self._attention_call(tome, hidden_states.shape[1])
+        call = self._attention_call(tome, hidden_states)
         if call.sizes is None and call.r == 0 and call.queries is None:
             return super().forward(hidden_states, attention_mask, **kwargs)
 
         names = self.tome_architecture
         normed = getattr(self, names.norm_before)(hidden_states)  # (batch, tokens, hidden)
-        branch, _, merge = getattr(self, names.attention)(normed, call=call, **kwargs)  # (batch, tokens - r, hidden)
-        sizes = call.sizes
-        if merge is not None:
-            tome.plans[self.tome_index] = merge.plan
-            sizes = merge.sizes  # (batch, tokens - r)
-            hidden_states = merge_tokens(hidden_states, merge)  # (batch, tokens - r, hidden)
-        elif call.queries is not None:
+        branch, _, plan = getattr(self, names.attention)(normed, call=call, **kwargs)  # (batch, queries, hidden)
+        if call.queries is not None:
             hidden_states = hidden_states[:, : call.queries]  # (batch, protected, hidden)
+        hidden_states = _scaled_and_dropped(self, names.scale_attention, names.drop, branch) + hidden_states
+        sizes = call.sizes  # (batch, tokens)
+        if call.r > 0:
+            plan = tome.plans.setdefault(self.tome_index, plan)
+            hidden_states, sizes = merge_tokens(hidden_states, sizes, plan)  # (batch, tokens - r, hidden)
         tome.sizes[self.tome_index] = cast(torch.Tensor, sizes)
 
-        hidden_states = _scaled_and_dropped(self, names.scale_attention, names.drop, branch) + hidden_states
         branch = getattr(self, names.mlp)(getattr(self, names.norm_after)(hidden_states))
         hidden_states = _scaled_and_dropped(self, names.scale_mlp, names.drop, branch) + hidden_states
         if tome.settings.restore and self._is_last(tome):
@@ -123,27 +125,26 @@ class MergingLayer(Merging):
             )  # (batch, input tokens, hidden)
         return hidden_states
 
-    def _attention_call(self, tome: TokenState, tokens: int) -> AttentionCall:
+    def _attention_call(self, tome: TokenState, hidden_states: torch.Tensor) -> AttentionCall:
         """What this layer does to the tokens of a call."""
+        batch, tokens, _ = hidden_states.shape
         settings = tome.settings
         sizes = tome.sizes.get(self.tome_index - 1)  # (batch, tokens)
-        plan = tome.plans.get(self.tome_index)
         if settings.class_tokens_only and self._is_last(tome):
             # class tokens do not merge, and no others leave this layer
-            return AttentionCall(settings, sizes, r=0, plan=plan, queries=settings.protected)
+            return AttentionCall(settings, sizes, r=0, rows=None, queries=settings.protected)
         r = clamp_r(settings.schedule[self.tome_index], tokens, settings.protected)
-        return AttentionCall(settings, sizes, r=r, plan=plan, queries=None)
+        if r > 0 and tome.rows is None:
+            tome.rows = token_rows(batch, tokens, hidden_states.device)
+        has_plan = r == 0 or self.tome_index in tome.plans
+        return AttentionCall(settings, sizes, r=r, rows=None if has_plan else tome.rows, queries=None)
 
     def _is_last(self, tome: TokenState) -> bool:
         return self.tome_index == len(tome.settings.schedule) - 1
 
 
 class MergingAttention(Merging):
-    """Mixin for self-attention: adds the proportional bias, matches tokens by their keys, and merges its output.
-
-    The output is merged before the output projection. That is affine, so it gives the same as merging behind it, for
-    fewer tokens.
-    """
+    """Mixin for self-attention: adds the proportional bias, and matches tokens by their keys."""
 
     config: PreTrainedConfig
     head_dim: int
@@ -157,15 +158,11 @@ class MergingAttention(Merging):
         key = self._split_heads(getattr(self, names.key)(hidden_states))  # (batch, tokens, heads, head_dim)
         value = self._split_heads(getattr(self, names.value)(hidden_states))  # (batch, tokens, heads, head_dim)
         output, weights = self._attend(query, key, value, call, **kwargs)  # (batch, queries, heads * head_dim)
-        merge = None
-        if call.r > 0:
-            plan = call.plan
-            if plan is None:
-                metric = key.detach().mean(dim=2)  # (batch, tokens, head_dim)
-                plan = match_tokens(metric, call.r, call.settings.protected)
-            merge = weigh_merge(plan, call.sizes)
-            output = merge_tokens(output, merge)  # (batch, tokens - r, heads * head_dim)
-        return getattr(self, names.output)(output), weights, merge
+        plan = None
+        if call.rows is not None:
+            metric = key.detach().mean(dim=2)  # (batch, tokens, head_dim)
+            plan = match_tokens(metric, call.r, call.settings.protected, call.rows)
+        return getattr(self, names.output)(output), weights, plan
 
     def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
         """`(batch, tokens, heads * head_dim)` as `(batch, tokens, heads, head_dim)`."""

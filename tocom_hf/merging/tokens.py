@@ -16,12 +16,15 @@ import torch.nn.functional as F
 
 
 class MergePlan(NamedTuple):
-    """Which token goes where in one layer. All indices are int64 positions in their own sequence.
+    """Which token goes where in one layer.
+
+    All are int64 row numbers: the tokens of a batch, written one image below the other, are the rows of one matrix of
+    `batch * tokens` rows. Rows of a matrix are copied and added several times as fast as positions in every image.
 
     Attributes:
-        kept (`torch.Tensor` of shape `(batch, tokens - r)`): Input position of each output token, in output order.
-        merged (`torch.Tensor` of shape `(batch, r)`): Input positions of the tokens that are merged away.
-        into (`torch.Tensor` of shape `(batch, r)`): Output position that each of them is merged into.
+        kept (`torch.Tensor` of shape `(batch, tokens - r)`): Input row of each output token, in output order.
+        merged (`torch.Tensor` of shape `(batch, r)`): Input rows of the tokens that are merged away.
+        into (`torch.Tensor` of shape `(batch, r)`): Output row that each of them is merged into.
     """
 
     kept: torch.Tensor
@@ -29,35 +32,19 @@ class MergePlan(NamedTuple):
     into: torch.Tensor
 
 
-class Merge(NamedTuple):
-    """A plan together with what it does to token sizes.
-
-    Attributes:
-        plan: Which token goes where.
-        sizes (`torch.Tensor` of shape `(batch, tokens - r)`): Sizes of the output tokens, float32.
-        share (`torch.Tensor` of shape `(batch, r)`): The share of its output token that each merged token makes up,
-            float32.
-        rows: The plan's indices into the tokens of the whole batch, `(batch * tokens, ...)`, each of them flat.
-    """
-
-    plan: MergePlan
-    sizes: torch.Tensor
-    share: torch.Tensor
-    rows: MergePlan
-
-
 @torch.no_grad()
-def match_tokens(metric: torch.Tensor, r: int, protected: int) -> MergePlan:
+def match_tokens(metric: torch.Tensor, r: int, protected: int, rows: torch.Tensor | None = None) -> MergePlan:
     """Bipartite soft matching (ToMe, section 3, steps 1 to 4).
 
     Every A token finds its most similar B token by cosine similarity; the `r` A tokens with the most similar partners
-    are merged into them.
+    are merged into them. Of equals the first one comes first, so that every device and runtime merges the same tokens.
 
     Args:
         metric: Floating `(batch, tokens, channels)`, the keys averaged over heads. Half precision is compared in
             float32, because rounding makes ties.
         r: Number of tokens to merge, in `1..(tokens - protected) // 2`.
         protected: Number of tokens at the front that stay out of it.
+        rows: The numbers from 0 up to at least `batch * tokens`, where the caller has them at hand.
 
     Returns:
         The plan. Output order: protected tokens, the A tokens that stay in their old order, all B tokens.
@@ -65,69 +52,69 @@ def match_tokens(metric: torch.Tensor, r: int, protected: int) -> MergePlan:
     batch, tokens, _ = metric.shape
     if metric.dtype in (torch.float16, torch.bfloat16):
         metric = metric.float()
-    metric = F.normalize(metric, dim=-1)
+    norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True)  # (batch, tokens, 1)
+    # a key of zeros is similar to no other
+    metric = metric / norm.clamp_(min=1e-12)
     # the first even and the first odd position that are not protected
     first_a = protected + protected % 2
     first_b = protected + 1 - protected % 2
     a_metric = metric[:, first_a::2]  # (batch, A, channels)
     b_metric = metric[:, first_b::2]  # (batch, B, channels)
     with torch.autocast(metric.device.type, enabled=False):
-        cosines = a_metric @ b_metric.transpose(1, 2)  # (batch, A, B)
+        cosines = torch.bmm(a_metric, b_metric.transpose(1, 2))  # (batch, A, B)
     similarity, partner = cosines.max(dim=-1)  # (batch, A)
+    order = _descending(similarity)  # (batch, A)
 
-    order = similarity.argsort(dim=1, descending=True)  # (batch, A)
-    a_positions = order * 2 + first_a  # (batch, A)
-    merged = a_positions[:, :r]  # (batch, r)
-    stays = a_positions[:, r:].sort(dim=1).values  # (batch, A - r)
-    b_tokens_before = protected + a_metric.shape[1] - r
-    into = partner.gather(1, order[:, :r]) + b_tokens_before  # (batch, r)
-
-    front = torch.arange(protected, device=metric.device).expand(batch, -1)  # (batch, protected)
-    b_positions = torch.arange(first_b, tokens, 2, device=metric.device).expand(batch, -1)  # (batch, B)
-    kept = torch.cat([front, stays, b_positions], dim=1)  # (batch, tokens - r)
-    return MergePlan(kept, merged, into)
-
-
-def weigh_merge(plan: MergePlan, sizes: torch.Tensor | None) -> Merge:
-    """Add the sizes of the merged tokens up, and with them the weights of the mean.
-
-    Args:
-        plan: Which token goes where.
-        sizes: Float32 `(batch, tokens)`, or `None` where every token still has size 1.
-    """
-    device = plan.kept.device
-    if sizes is None:
-        sizes_out = torch.ones(plan.kept.shape, dtype=torch.float32, device=device)  # (batch, tokens - r)
-        own = torch.ones(plan.into.shape, dtype=torch.float32, device=device)  # (batch, r)
-    else:
-        sizes_out = sizes.gather(1, plan.kept)  # (batch, tokens - r)
-        own = sizes.gather(1, plan.merged)  # (batch, r)
-    sizes_out = sizes_out.scatter_add(1, plan.into, own)
-    share = own / sizes_out.gather(1, plan.into)  # (batch, r)
-    return Merge(plan, sizes_out, share, _flat_rows(plan))
+    if rows is None:
+        rows = token_rows(batch, tokens, metric.device)
+    rows_in = rows[: batch * tokens].view(batch, tokens)
+    rows_out = rows[: batch * (tokens - r)].view(batch, tokens - r)
+    a_rows = rows_in[:, first_a::2].gather(1, order)  # (batch, A), the most similar ones first
+    stays = a_rows[:, r:].sort(dim=1).values  # (batch, A - r)
+    kept = torch.cat([rows_in[:, :protected], stays, rows_in[:, first_b::2]], dim=1)  # (batch, tokens - r)
+    b_rows_out = rows_out[:, protected + stays.shape[1] :]  # (batch, B)
+    into = b_rows_out.gather(1, partner.gather(1, order[:, :r]))  # (batch, r)
+    return MergePlan(kept, a_rows[:, :r], into)
 
 
-def merge_tokens(hidden_states: torch.Tensor, merge: Merge) -> torch.Tensor:
+def token_rows(batch: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """The row number of every token of a batch, int64 `(batch * tokens,)`."""
+    return torch.arange(batch * tokens, device=device)
+
+
+def merge_tokens(
+    hidden_states: torch.Tensor, sizes: torch.Tensor | None, plan: MergePlan
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge tokens into their partners by the size-weighted mean (ToMe, section 3, step 5).
 
     A token B that takes in tokens k of shares w_k becomes `B + sum_k w_k (x_k - B)`, which is the size-weighted mean of
-    all of them. So only the tokens that merge are computed with; all others are copied once.
+    all of them. So only the tokens that merge are computed with; all others are copied once, bit for bit.
 
     Args:
         hidden_states: Floating `(batch, tokens, hidden)`.
-        merge: What `weigh_merge` returned.
+        sizes: Float32 `(batch, tokens)`, or `None` where every token still has size 1.
+        plan: Which token goes where.
 
     Returns:
-        `(batch, tokens - r, hidden)`, in the dtype of `hidden_states`.
+        `(batch, tokens - r, hidden)` in the dtype of `hidden_states`, and its sizes, float32 `(batch, tokens - r)`.
     """
-    kept, merged, into = merge.rows
-    flat = hidden_states.reshape(-1, hidden_states.shape[-1])  # (batch * tokens, hidden)
+    batch, tokens, hidden = hidden_states.shape
+    kept, merged, into = (rows.flatten() for rows in plan)
+    if sizes is None:
+        sizes = torch.ones(batch, tokens, device=hidden_states.device)
+    old_sizes = sizes.flatten()  # (batch * tokens)
+    new_sizes = old_sizes.index_select(0, kept)  # (batch * (tokens - r))
+    own = old_sizes.index_select(0, merged)  # (batch * r)
+    new_sizes.index_add_(0, into, own)
+    share = own / new_sizes.index_select(0, into)  # (batch * r)
+
+    flat = hidden_states.reshape(-1, hidden)  # (batch * tokens, hidden)
     output = flat.index_select(0, kept)  # (batch * (tokens - r), hidden)
     change = flat.index_select(0, merged) - output.index_select(0, into)  # (batch * r, hidden)
-    change = change * merge.share.to(flat.dtype).view(-1, 1)
+    change = change * share.to(flat.dtype).unsqueeze(1)
     # in place: the output is fresh, and no backward pass needs its values
     output = output.index_add_(0, into, change)
-    return output.view(*merge.plan.kept.shape, -1)  # (batch, tokens - r, hidden)
+    return output.view(batch, -1, hidden), new_sizes.view(batch, -1)
 
 
 def proportional_bias(sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -140,7 +127,8 @@ def proportional_bias(sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     Returns:
         `(batch, 1, 1, tokens)`, an additive attention mask.
     """
-    return sizes.log().to(dtype)[:, None, None, :]
+    exact = sizes.double() if dtype == torch.float64 else sizes
+    return exact.log().to(dtype)[:, None, None, :]
 
 
 def extend_heads(
@@ -172,12 +160,14 @@ def extend_heads(
 
 
 def output_positions(plan: MergePlan) -> torch.Tensor:
-    """Where every input token of one layer went: output positions, int64 `(batch, tokens)`."""
-    kept, merged, into = plan
-    batch, tokens_out = kept.shape
-    positions = kept.new_empty(batch, tokens_out + merged.shape[1])  # (batch, tokens)
-    unchanged = torch.arange(tokens_out, device=kept.device).expand_as(kept)  # (batch, tokens - r)
-    return positions.scatter(1, kept, unchanged).scatter(1, merged, into)
+    """Where every input token of one layer went: positions in its own image, int64 `(batch, tokens)`."""
+    batch, tokens_out = plan.kept.shape
+    tokens = tokens_out + plan.merged.shape[1]
+    rows_out = token_rows(batch, tokens_out, plan.kept.device)
+    went = torch.cat([rows_out, plan.into.flatten()])  # (batch * tokens)
+    came = torch.cat([plan.kept.flatten(), plan.merged.flatten()])  # (batch * tokens)
+    positions = torch.empty_like(went).scatter(0, came, went)
+    return positions.view(batch, tokens) - rows_out[::tokens_out].unsqueeze(1)
 
 
 def follow_tokens(plans: Iterable[MergePlan]) -> torch.Tensor | None:
@@ -245,12 +235,9 @@ def group_sizes(groups: torch.Tensor, num_groups: int) -> torch.Tensor:
     return sizes.scatter_add(1, groups, ones)
 
 
-def _flat_rows(plan: MergePlan) -> MergePlan:
-    """The indices of a plan into the tokens of the whole batch, `(batch * tokens, ...)`, each of them flat."""
-    batch, tokens_out = plan.kept.shape
-    tokens_in = tokens_out + plan.merged.shape[1]
-    image = torch.arange(batch, device=plan.kept.device).unsqueeze(1)  # (batch, 1)
-    kept = plan.kept + image * tokens_in
-    merged = plan.merged + image * tokens_in
-    into = plan.into + image * tokens_out
-    return MergePlan(kept.flatten(), merged.flatten(), into.flatten())
+def _descending(similarity: torch.Tensor) -> torch.Tensor:
+    """The order that sorts each row, the largest first and the first of equals first: int64, in the given shape."""
+    if torch.compiler.is_exporting():
+        # torch.onnx does not know the stable sort, but makes a TopK of the other, which ONNX defines to be stable
+        return similarity.argsort(dim=1, descending=True)
+    return similarity.argsort(dim=1, descending=True, stable=True)
