@@ -558,6 +558,11 @@ API = {
         "For those who make a plugin set from Python instead of the command line.",
         ["distill", "DistillationArguments"],
     ),
+    "export": (
+        "Export",
+        "For those who write a model for another runtime, and run it there.",
+        ["export", "ExportedTocom"],
+    ),
     "images": (
         "Images",
         "For those who read images, or paint what merges.",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tocom_hf.cost.timing import DegreeCost
     from tocom_hf.data.images import load_images, with_pixel_values
     from tocom_hf.data.labels import match_labels
+    from tocom_hf.deployed.exported import ExportedTocom
     from tocom_hf.distillation.arguments import DistillationArguments
     from tocom_hf.distillation.distill import distill
     from tocom_hf.errors import (
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from tocom_hf.evaluation.degrees import DegreeResult, evaluate_degrees
+    from tocom_hf.exporting.export import export
     from tocom_hf.merging.patching import apply_tome, remove_tome
     from tocom_hf.merging.tracing import trace_tokens
     from tocom_hf.model.lora import load_lora
@@ -64,6 +66,7 @@ __all__ = [
     "DistillationArguments",
     "DistillationError",
     "DistillationInterrupted",
+    "ExportedTocom",
     "HubError",
     "MissingExtraError",
     "PluginFileError",
@@ -79,6 +82,7 @@ __all__ = [
     "count_flops",
     "distill",
     "evaluate_degrees",
+    "export",
     "fit_scales",
     "load_images",
     "load_lora",
@@ -98,6 +102,7 @@ _MODULES = {
     "DegreeCost": "cost.timing",
     "DegreeResult": "evaluation.degrees",
     "DistillationArguments": "distillation.arguments",
+    "ExportedTocom": "deployed.exported",
     "PluginSet": "plugins.plugin_set",
     "TocomModel": "model.tocom_model",
     "apply_tome": "merging.patching",
@@ -105,6 +110,7 @@ _MODULES = {
     "count_flops": "cost.flops",
     "distill": "distillation.distill",
     "evaluate_degrees": "evaluation.degrees",
+    "export": "exporting.export",
     "fit_scales": "scales.fitting",
     "load_images": "data.images",
     "load_lora": "model.lora",

@@ -48,7 +48,7 @@ class BackboneMismatchError(TocomError, ValueError):
 
 
 class PluginFileError(TocomError, OSError):
-    """A file of a plugin set or a checkpoint is missing, damaged, or not what its configuration promises."""
+    """A file of a plugin set, a checkpoint or an export is missing, damaged, or not what its configuration promises."""
 
 
 class HubError(TocomError, OSError):

@@ -17,6 +17,10 @@ EXTRAS = {
     "fastapi": "serve",
     "prometheus_client": "serve",
     "uvicorn": "serve",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "openvino": "openvino",
 }
 
 

@@ -198,6 +198,12 @@ WRONG_USE = [
     ("serve", ["--model_name_or_path", CHECKPOINT, "--latency_ms", "0"], "--latency_ms must be positive"),
     ("serve", ["--model_name_or_path", NOWHERE], NOWHERE),
     ("serve", ["--model_name_or_path", CHECKPOINT, "--device", "abacus"], "The device 'abacus' cannot be used"),
+    ("export", [CHECKPOINT], "FOLDER"),
+    ("export", [NOWHERE, "out"], NOWHERE),
+    ("export", [CHECKPOINT, "out", "--format", "tflite"], "invalid choice: 'tflite'"),
+    ("export", [CHECKPOINT, "out", "--degrees", "-1"], "DegreeError"),
+    ("export", [CHECKPOINT, "out", "--source_r", "0", "--degrees", "4"], "The model has no plugins"),
+    ("export", [CHECKPOINT, CHECKPOINT], "and no export. Give a folder that is missing, empty, or an earlier export"),
     ("quickstart", ["--bogus"], "unrecognized arguments: --bogus (see quickstart.py --help)"),
     ("quickstart", ["--model_name_or_path", NOWHERE], NOWHERE),
     ("model_arithmetic", [], "--target_a"),
@@ -289,6 +295,7 @@ MISSING = {
     "visualize": "PIL",
     "serve": "uvicorn",
     "calibrate": "matplotlib",
+    "export": "onnxscript",
 }
 COMPLETE = {
     "distill": ["--model_name_or_path", CHECKPOINT, *TRAINING],
@@ -298,6 +305,7 @@ COMPLETE = {
     "visualize": ["--model_name_or_path", CHECKPOINT, "--images", "x.png"],
     "serve": ["--model_name_or_path", CHECKPOINT],
     "calibrate": [CHECKPOINT, "--plot", "x.png"],
+    "export": [CHECKPOINT, "out"],
 }
 
 

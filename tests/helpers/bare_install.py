@@ -12,12 +12,16 @@ import importlib.machinery
 import importlib.util
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 
 # written down independently of tocom_hf.extras
-EXTRAS = ("accelerate", "datasets", "kornia", "PIL", "matplotlib", "fastapi", "uvicorn", "prometheus_client")
+EXTRAS = (
+    "accelerate", "datasets", "kornia", "PIL", "matplotlib", "fastapi", "uvicorn", "prometheus_client", "onnx",
+    "onnxscript", "onnxruntime", "openvino",
+)  # fmt: skip
 
 
 class WithoutExtras(importlib.machinery.PathFinder):
@@ -137,6 +141,24 @@ class Cases:
         from tocom_hf import tile
 
         return repr(tile)
+
+    def export(self):
+        """As a program of torch, which needs no extra."""
+        from tocom_hf import ExportedTocom, export
+
+        with tempfile.TemporaryDirectory() as folder:
+            written = export(self._model(), folder, format="torch", degrees=[0], processor=False)
+            return ExportedTocom(written).degrees
+
+    def export_to_onnx(self):
+        from tocom_hf import export
+
+        return str(export(self._model(), "nowhere"))
+
+    def export_to_openvino(self):
+        from tocom_hf import export
+
+        return str(export(self._model(), "nowhere", format="openvino"))
 
     def plot_calibration(self):
         from tocom_hf import calibrate

@@ -36,7 +36,17 @@ PAGES = [
     *sorted((ROOT / "benchmarks").glob("*.md")),
     *sorted((ROOT / "benchmarks" / "fidelity").glob("*.md")),
 ]
-PYTHON_PAGES = ["index", "usage", "scales", "cost", "distillation", "evaluation", "plugin-format", "migration"]
+PYTHON_PAGES = [
+    "index",
+    "usage",
+    "scales",
+    "cost",
+    "distillation",
+    "evaluation",
+    "plugin-format",
+    "migration",
+    "export",
+]
 
 
 def read(path):
@@ -300,6 +310,14 @@ def test_cost_runs(clone):
     degree = found["model"].target_r
     assert found["calibration"][degree].gflops <= 0.03 < found["calibration"][degree - 1].gflops
     assert found["Calibration"].from_json_file("calibration.json").degrees == list(range(9))
+
+
+@pytest.mark.slow
+def test_export_runs(clone):
+    pytest.importorskip("onnxscript", reason="needs the extra onnx")
+    found = run("export")
+    assert (found["exported"].target_r, found["logits"].shape) == (0, (2, 10))
+    assert 0 < found["score"] <= 1
 
 
 def test_distillation_runs(clone):

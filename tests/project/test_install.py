@@ -31,6 +31,7 @@ WORKS = {
     "pick_scale": 0.1,
     "fit_scales": 0,
     "evaluate_degrees": [0, 4],
+    "export": [0],
 }
 # the extra that each other case needs
 NEEDS = {
@@ -40,6 +41,8 @@ NEEDS = {
     "paint_groups": "vis",
     "tile": "vis",
     "plot_calibration": "vis",
+    "export_to_onnx": "onnx",
+    "export_to_openvino": "onnx",
 }
 
 

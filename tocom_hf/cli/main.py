@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": ("convert", "convert checkpoints of the authors' repository and of timm"),
     "push": ("push", "publish a plugin set or a checkpoint on the Hugging Face Hub"),
     "visualize": ("visualize", "paint merged tokens over images"),
+    "export": ("export", "write a model as graphs for ONNX Runtime or OpenVINO, one for each degree"),
     "serve": ("serve", "serve a classifier that merges more tokens when the load rises"),
 }
 
