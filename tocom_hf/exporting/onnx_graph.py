@@ -12,6 +12,7 @@ import torch
 from onnx_ir.passes import common
 
 from tocom_hf.deployed.manifest import WEIGHTS
+from tocom_hf.exporting import onnx_rules
 from tocom_hf.exporting.catalogue import DegreeCatalogue
 from tocom_hf.exporting.tracing import quiet
 
@@ -45,6 +46,11 @@ def _tidy(model: ir.Model) -> None:
     common.LiftSubgraphInitializersToMainGraphPass()(model)
     common.IdentityEliminationPass()(model)
     _fold_transposed_weights(model.graph)
+    onnx_rules.drop_what_does_nothing(model.graph)
+    onnx_rules.name_static_shapes(model.graph)
+    onnx_rules.join_reshapes(model.graph)
+    onnx_rules.drop_what_does_nothing(model.graph)
+    onnx_rules.attend_to_rows(model.graph)
     _expand_masks(model.graph)
     _scatter_in_float32(model.graph)
     common.DeduplicateInitializersPass()(model)

@@ -13,7 +13,7 @@ from torch import nn
 from tocom_hf.errors import UnsupportedModelError
 
 
-_LOUD = ("torch.onnx._internal.exporter._registration", "torch.__trace")
+_LOUD = ("torch.onnx._internal.exporter._registration", "torch.__trace", "onnx_ir._convenience")
 
 
 def trace(module: nn.Module, inputs: tuple[Any, ...], dynamic_batch: bool) -> torch.export.ExportedProgram:
