@@ -8,11 +8,9 @@ from hypothesis import strategies as st
 from tocom_hf import DegreeError
 from tocom_hf.merging.schedule import clamp_r, resolve_schedule, tokens_per_layer
 from tocom_hf.merging.tokens import (
-    extend_heads,
     match_tokens,
     merge_tokens,
     output_positions,
-    proportional_bias,
 )
 
 
@@ -130,26 +128,6 @@ def test_gradients_of_merging_are_those_of_the_weighted_mean():
     sizes = torch.ones(2, 11, dtype=torch.float64)
     hidden_states = torch.randn(2, 11, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: merge_tokens(x, sizes, plan)[0], (hidden_states,))
-
-
-def test_proportional_bias_is_the_log_of_the_sizes():
-    sizes = torch.tensor([[1.0, 2.0, 8.0]])
-    expected = torch.tensor([[[[0.0, 0.6931471805599453, 2.0794415416798357]]]])
-    torch.testing.assert_close(proportional_bias(sizes, torch.float32), expected)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_extended_heads_attend_as_with_the_bias(dtype, tolerance):
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, 3, 9, 16, generator=generator).to(dtype) for _ in range(3))
-    sizes = torch.randint(1, 200, (2, 9), generator=generator).float()
-    logits = query.double() @ key.double().transpose(2, 3) * 0.25 + sizes.double().log()[:, None, None, :]
-    expected = logits.softmax(-1) @ value.double()
-    extended = extend_heads(query, key, value, sizes, 0.25)
-    assert all(part.shape[-1] == 24 for part in extended)
-    found = torch.nn.functional.scaled_dot_product_attention(*extended, scale=0.25)
-    assert not found[..., 16:].any()
-    torch.testing.assert_close(found[..., :16].double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(

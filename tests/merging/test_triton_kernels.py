@@ -10,7 +10,9 @@ import types
 
 import pytest
 import torch
+from helpers.models import make_model
 
+from tocom_hf import apply_tome
 from tocom_hf.merging.kernel_check import check_cases, find_mismatch
 from tocom_hf.merging.tokens import MergePlan, match_tokens, merge_tokens
 
@@ -19,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a process of its own, see test_kernels.py", allow_module_level=True)
 pytest.importorskip("triton", minversion="3.9")  # the interpreters of older versions fail with numpy 2.4
 
-from tocom_hf.merging import kernels, triton_kernels
+from tocom_hf.merging import kernels, layers, triton_kernels
 
 
 CPU = torch.device("cpu")
@@ -234,3 +236,25 @@ def test_a_compiled_layer_is_one_graph(monkeypatch):
     expected = layer(keys, residual, branch, sizes)
     found = compiled(keys, residual, branch, sizes)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("schedule", [6, [5, 0, 7, 2]], ids=str)
+def test_a_model_gives_the_same_with_the_kernels(schedule, monkeypatch):
+    used = []
+
+    def fused_plan(keys, r, protected):
+        used.append("plan")
+        return triton_kernels.plan_merge(keys, r, protected)
+
+    def fused_merge(residual, branch, plan, sizes):
+        used.append("merge")
+        hidden_states, sizes_out, bias = triton_kernels.carry_out(residual, branch, plan, sizes)
+        return kernels.FusedMerge(hidden_states, sizes_out, bias[..., : sizes_out.shape[1]])
+
+    model, pixel_values = apply_tome(make_model(), schedule, restore=True), torch.randn(1, 3, 32, 32)
+    expected = model(pixel_values).logits
+    monkeypatch.setattr(layers, "fused_plan", fused_plan)
+    monkeypatch.setattr(layers, "fused_merge", fused_merge)
+    torch.testing.assert_close(model(pixel_values).logits, expected, rtol=1e-5, atol=1e-5)
+    assert used == ["plan", "merge"] * (4 if schedule == 6 else 3)

@@ -4,26 +4,24 @@
 They keep nothing that a forward call computes. Every call hands them its own `TokenState`.
 """
 
-import sys
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tocom_hf.errors import UnsupportedModelError
 from tocom_hf.merging.architectures import Architecture
+from tocom_hf.merging.attention import attend
+from tocom_hf.merging.kernels import fused_merge, fused_plan
 from tocom_hf.merging.schedule import clamp_r
 from tocom_hf.merging.subclassing import RuntimeSubclass, runtime_subclass
 from tocom_hf.merging.tokens import (
     MergePlan,
-    extend_heads,
     follow_tokens,
     match_tokens,
     merge_tokens,
-    proportional_bias,
     restore_tokens,
     token_rows,
 )
@@ -50,12 +48,14 @@ class TokenState:
         plans: Merge plans of the layers. A layer that is recomputed (gradient checkpointing) merges by the plan that it
             made the first time.
         rows: The numbers of all rows that tokens can have, made once for all layers.
+        biases: The logarithms of the sizes after each layer, `(batch, 1, 1, tokens)`, where a kernel made them.
     """
 
     settings: MergeSettings
     sizes: dict[int, torch.Tensor] = field(default_factory=dict)
     plans: dict[int, MergePlan] = field(default_factory=dict)
     rows: torch.Tensor | None = None
+    biases: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class AttentionCall(NamedTuple):
@@ -68,6 +68,7 @@ class AttentionCall(NamedTuple):
         rows: The numbers of the rows that the plan is made of; `None` where there is none to make, because no token
             merges or because the layer is recomputed.
         queries: How many tokens to compute, from the front; `None` for all.
+        bias: The logarithms of the sizes, `(batch, 1, 1, tokens)`, where the last layer made them.
     """
 
     settings: MergeSettings
@@ -75,6 +76,7 @@ class AttentionCall(NamedTuple):
     r: int
     rows: torch.Tensor | None
     queries: int | None
+    bias: torch.Tensor | None = None
 
 
 class Merging(RuntimeSubclass, nn.Module):
@@ -109,11 +111,17 @@ class MergingLayer(Merging):
         branch, _, plan = getattr(self, names.attention)(normed, call=call, **kwargs)  # (batch, queries, hidden)
         if call.queries is not None:
             hidden_states = hidden_states[:, : call.queries]  # (batch, protected, hidden)
-        hidden_states = _scaled_and_dropped(self, names.scale_attention, names.drop, branch) + hidden_states
+        branch = _scaled_and_dropped(self, names.scale_attention, names.drop, branch)
         sizes = call.sizes  # (batch, tokens)
         if call.r > 0:
             plan = tome.plans.setdefault(self.tome_index, plan)
-            hidden_states, sizes = merge_tokens(hidden_states, sizes, plan)  # (batch, tokens - r, hidden)
+            fused = fused_merge(hidden_states, branch, plan, sizes)
+            if fused is None:
+                hidden_states, sizes = merge_tokens(branch + hidden_states, sizes, plan)  # (batch, tokens - r, hidden)
+            else:
+                hidden_states, sizes, tome.biases[self.tome_index] = fused
+        else:
+            hidden_states = branch + hidden_states
         tome.sizes[self.tome_index] = cast(torch.Tensor, sizes)
 
         branch = getattr(self, names.mlp)(getattr(self, names.norm_after)(hidden_states))
@@ -130,21 +138,22 @@ class MergingLayer(Merging):
         batch, tokens, _ = hidden_states.shape
         settings = tome.settings
         sizes = tome.sizes.get(self.tome_index - 1)  # (batch, tokens)
+        bias = tome.biases.get(self.tome_index - 1)  # (batch, 1, 1, tokens)
         if settings.class_tokens_only and self._is_last(tome):
             # class tokens do not merge, and no others leave this layer
-            return AttentionCall(settings, sizes, r=0, rows=None, queries=settings.protected)
+            return AttentionCall(settings, sizes, r=0, rows=None, queries=settings.protected, bias=bias)
         r = clamp_r(settings.schedule[self.tome_index], tokens, settings.protected)
         if r > 0 and tome.rows is None:
             tome.rows = token_rows(batch, tokens, hidden_states.device)
         has_plan = r == 0 or self.tome_index in tome.plans
-        return AttentionCall(settings, sizes, r=r, rows=None if has_plan else tome.rows, queries=None)
+        return AttentionCall(settings, sizes, r=r, rows=None if has_plan else tome.rows, queries=None, bias=bias)
 
     def _is_last(self, tome: TokenState) -> bool:
         return self.tome_index == len(tome.settings.schedule) - 1
 
 
 class MergingAttention(Merging):
-    """Mixin for self-attention: adds the proportional bias, and matches tokens by their keys."""
+    """Mixin for self-attention: weighs keys by their sizes, and matches tokens by their keys."""
 
     config: PreTrainedConfig
     head_dim: int
@@ -157,49 +166,29 @@ class MergingAttention(Merging):
         query = self._split_heads(getattr(self, names.query)(querying))  # (batch, queries, heads, head_dim)
         key = self._split_heads(getattr(self, names.key)(hidden_states))  # (batch, tokens, heads, head_dim)
         value = self._split_heads(getattr(self, names.value)(hidden_states))  # (batch, tokens, heads, head_dim)
-        output, weights = self._attend(query, key, value, call, **kwargs)  # (batch, queries, heads * head_dim)
+        output, weights = attend(
+            self,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            call.sizes if call.settings.proportional_attention else None,
+            scaling=getattr(self, names.scaling),
+            dropout=getattr(self, names.dropout) if self.training else 0.0,
+            bias=call.bias if call.settings.proportional_attention else None,
+            **kwargs,
+        )
+        output = output.reshape(*output.shape[:2], -1)
         plan = None
         if call.rows is not None:
-            metric = key.detach().mean(dim=2)  # (batch, tokens, head_dim)
-            plan = match_tokens(metric, call.r, call.settings.protected, call.rows)
+            plan = fused_plan(key, call.r, call.settings.protected)
+            if plan is None:
+                metric = key.detach().mean(dim=2)  # (batch, tokens, head_dim)
+                plan = match_tokens(metric, call.r, call.settings.protected, call.rows)
         return getattr(self, names.output)(output), weights, plan
 
     def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
         """`(batch, tokens, heads * head_dim)` as `(batch, tokens, heads, head_dim)`."""
         return projected.view(*projected.shape[:-1], -1, self.head_dim)
-
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention in whichever implementation the model is set to, with the proportional bias (ToMe, eq. 1).
-
-        Returns:
-            `(batch, queries, heads * head_dim)`, and the attention weights where the implementation tells them.
-        """
-        query = query.transpose(1, 2)  # (batch, heads, queries, head_dim)
-        key = key.transpose(1, 2)  # (batch, heads, tokens, head_dim)
-        value = value.transpose(1, 2)  # (batch, heads, tokens, head_dim)
-        names = self.tome_architecture
-        scaling = getattr(self, names.scaling)
-        implementation = self.config._attn_implementation
-        bias = None
-        if call.sizes is not None and call.settings.proportional_attention:
-            if implementation == "flex_attention":  # takes no bias that broadcasts, and crashes on CPUs with any other
-                raise UnsupportedModelError(
-                    "Proportional attention does not work with flex_attention. Call "
-                    'model.set_attn_implementation("sdpa"), or "eager" or a flash kernel.'
-                )
-            if "flash" in implementation:  # these kernels take no bias
-                query, key, value = extend_heads(query, key, value, call.sizes, scaling)
-            else:
-                bias = proportional_bias(call.sizes, key.dtype)  # (batch, 1, 1, tokens)
-        stock_module = sys.modules[self.stock_class.__module__]
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, stock_module.eager_attention_forward)
-        dropout = getattr(self, names.dropout) if self.training else 0.0
-        output, weights = attention(self, query, key, value, bias, dropout=dropout, scaling=scaling, **kwargs)
-        # cuts off the channels that extend_heads added
-        output = output[..., : self.head_dim]  # (batch, queries, heads, head_dim)
-        return output.reshape(*output.shape[:2], -1), weights
 
 
 def merging_class(stock_class: type[nn.Module], mixin: type[Merging]) -> type[Merging]:

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 
 class MergePlan(NamedTuple):
@@ -115,48 +114,6 @@ def merge_tokens(
     # in place: the output is fresh, and no backward pass needs its values
     output = output.index_add_(0, into, change)
     return output.view(batch, -1, hidden), new_sizes.view(batch, -1)
-
-
-def proportional_bias(sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The bias of proportional attention, `log(size)` of every key token (ToMe, eq. 1).
-
-    Args:
-        sizes: Float32 `(batch, tokens)`.
-        dtype: Dtype of the attention's queries and keys.
-
-    Returns:
-        `(batch, 1, 1, tokens)`, an additive attention mask.
-    """
-    exact = sizes.double() if dtype == torch.float64 else sizes
-    return exact.log().to(dtype)[:, None, None, :]
-
-
-def extend_heads(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sizes: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Proportional attention for kernels that take no bias, such as flash attention: the bias as channels of the heads.
-
-    Queries get channels of one and keys get `log(size) / scaling`, so that their scaled product adds `log(size)`. It is
-    split over two channels, of which the second holds what rounding to half precision took from the first. Six more
-    channels of zeros keep the head dimension a multiple of eight.
-
-    Args:
-        query, key, value: `(batch, heads, tokens, head_dim)`.
-        sizes: Float32 `(batch, tokens)`.
-        scaling: The factor of the attention logits.
-
-    Returns:
-        Query, key and value with eight channels more. The attention's output has them too, to be cut off.
-    """
-    bias = sizes.log()[:, None, :, None] / scaling  # (batch, 1, tokens, 1)
-    high = bias.to(key.dtype)
-    low = (bias - high.float()).to(key.dtype)
-    extra = F.pad(torch.cat([high, low], dim=-1), (0, 6))  # (batch, 1, tokens, 8)
-    extra = extra.expand(*key.shape[:-1], 8)  # (batch, heads, tokens, 8)
-    query = F.pad(query, (0, 8), value=1.0)
-    key = torch.cat([key, extra], dim=-1)
-    value = F.pad(value, (0, 8))
-    return query, key, value
 
 
 def output_positions(plan: MergePlan) -> torch.Tensor:
