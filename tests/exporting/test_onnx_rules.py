@@ -12,7 +12,8 @@ pytest.importorskip("onnxscript", reason="needs the extra onnx")
 # what the exporter makes of a merge: sizes that are computed, casts, whole slices, reshapes of reshapes
 MERGE = """
 <ir_version: 10, opset_import: ["" : 23]>
-merge (float[batch, 6, 4] hidden, int64[2] rows) => (float[batch, 6, 4] result, float[batch, 3] best, int64[batch, 3] order)
+merge (float[batch, 6, 4] hidden, int64[2] rows)
+ => (float[batch, 6, 4] result, float[batch, 3] best, int64[batch, 3] order)
 <int64[1] zero = {0}, int64[1] one = {1}, int64[1] end = {9223372036854775807}, int64[1] all = {-1},
  int64 index = {1}, int64[1] middle = {3}, int64[2] flat_shape = {-1, 4}, int64[2] score_shape = {-1, 6}>
 {
@@ -110,7 +111,8 @@ def test_what_does_something_stays():
     text = """
 <ir_version: 10, opset_import: ["" : 23]>
 other (float[batch, 6] x) => (float[batch, 3] half, double[batch, 6] exact, float[6, batch] turned, float[2, 3] shaped)
-<int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] end = {9223372036854775807}, int64[2] sizes = {2, 3}>
+<int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] end = {9223372036854775807},
+ int64[2] sizes = {2, 3}>
 {
    half = Slice (x, zero, end, one, two)
    exact = Cast <to = 11> (x)

@@ -28,8 +28,10 @@ def drop_what_does_nothing(graph: ir.Graph) -> None:
             given, result = node.inputs[0], node.outputs[0]
             assert given is not None
             # the exporter does not record shape and type behind every operation
-            given.shape = given.shape or result.shape
-            given.dtype = given.dtype or result.dtype
+            if given.shape is None:
+                given.shape = result.shape
+            if given.dtype is None and result.dtype is not None:
+                given.dtype = result.dtype
             ir.convenience.replace_all_uses_with(result, given)
             graph.remove(node, safe=True)
 
@@ -59,7 +61,7 @@ def join_reshapes(graph: ir.Graph) -> None:
 
 
 def attend_to_rows(graph: ir.Graph) -> None:
-    """Let attention split the heads itself: `(batch, tokens, hidden)` goes in and comes out, and nothing is transposed."""
+    """Let attention split the heads itself: `(batch, tokens, hidden)` goes in and comes out, nothing is transposed."""
     for node in list(graph):
         if node.op_type != "Attention":
             continue
@@ -108,7 +110,7 @@ def _swaps_heads_and_tokens(node: ir.Node) -> bool:
 
 
 def _casts_to_the_same(node: ir.Node) -> bool:
-    given = node.inputs[0]
+    given: ir.Value | None = node.inputs[0]
     # a reshape has the type of what it reads
     while given is not None and given.dtype is None:
         producer = given.producer()
