@@ -34,16 +34,11 @@ class Subject:
         dtype: The floating-point type to export; a model of another one is copied.
 
     Raises:
-        UnsupportedModelError: if the architecture is not supported, or patches are masked at random.
+        UnsupportedModelError: if the architecture is not supported, or none of its outputs can be exported.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
         backbone = _find_backbone(model)
-        if getattr(backbone.module.config, "mask_ratio", 0):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} masks {backbone.module.config.mask_ratio:.0%} of the patches at random. Load "
-                "it with mask_ratio=0.0 to export it."
-            )
         floating = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
         devices = {parameter.device.type for parameter in model.parameters()}
         self.is_copy = floating != {dtype} or devices != {"cpu"}

@@ -37,7 +37,7 @@ def ascending_noise(pixel_values: torch.Tensor, config: PreTrainedConfig) -> tor
     It shuffles the patches by random noise even where it masks none.
     """
     rows, columns = patch_grid(config, pixel_values)
-    return torch.linspace(0, 1, rows * columns, device=pixel_values.device).expand(len(pixel_values), -1)
+    return torch.linspace(0, 1, rows * columns, device=pixel_values.device).expand(pixel_values.shape[0], -1)
 
 
 def patch_grid(config: PreTrainedConfig, pixel_values: torch.Tensor) -> tuple[int, int]:
