@@ -197,6 +197,11 @@ def test_a_masked_autoencoder_that_masks_is_refused(tmp_path):
         export(model, tmp_path / "out", format="torch", degrees=[0])
 
 
+def test_a_model_without_weights_in_memory_is_refused(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="not in memory"):
+        export(make_model(num_hidden_layers=1).to("meta"), tmp_path / "out", format="torch", degrees=[0])
+
+
 def test_of_a_model_that_reads_text_the_vision_backbone_is_exported(tmp_path):
     from helpers.families import clip
 

@@ -40,6 +40,11 @@ class Subject:
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype):
         backbone = _find_backbone(model)
         floating = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise UnsupportedModelError(
+                "Some weights of the model are not in memory (on the meta device), so it cannot be exported. Load it "
+                "without offloading."
+            )
         devices = {parameter.device.type for parameter in model.parameters()}
         self.is_copy = floating != {dtype} or devices != {"cpu"}
         if self.is_copy:
