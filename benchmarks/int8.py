@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from sessions import (
     time_in_turn,
     torch_call,
     versions,
+    write_whole,
 )
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
 
@@ -120,12 +120,7 @@ class Source:
 
     def onnx(self) -> Path:
         """The float32 file, exported once."""
-        path = self.path(FLOAT32)
-        if not path.exists():
-            start = time.perf_counter()
-            export_onnx(self.model(), path, self.image_size)
-            print(f"exported {path.name} in {time.perf_counter() - start:.0f} s", flush=True)
-        return path
+        return write_whole(self.path(FLOAT32), lambda part: export_onnx(self.model(), part, self.image_size))
 
 
 def onnxruntime_float32(source: Source, batch_size: int) -> tuple[Call, int]:
@@ -141,9 +136,9 @@ def onnxruntime_dynamic(source: Source, batch_size: int, *, bits: int = 8) -> tu
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    options = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": bits == 7}
     path = source.path(f"dynamic{bits}")
-    if not path.exists():
-        quantize_dynamic(source.onnx(), path, weight_type=QuantType.QInt8, per_channel=True, reduce_range=bits == 7)
+    write_whole(path, lambda part: quantize_dynamic(source.onnx(), part, **options))
     return onnxruntime_call(path, source.threads, batch_size), size_of(path)
 
 
@@ -161,10 +156,11 @@ def openvino_weights(source: Source, batch_size: int) -> tuple[Call, int]:
     import nncf
     import openvino
 
-    path = source.path("weights", "xml")
-    if not path.exists():
+    def write(part: Path) -> None:
         model = openvino.Core().read_model(source.onnx())
-        openvino.save_model(nncf.compress_weights(model), path, compress_to_fp16=False)
+        openvino.save_model(nncf.compress_weights(model), part, compress_to_fp16=False)
+
+    path = write_whole(source.path("weights", "xml"), write)
     return openvino_call(path, source.threads, batch_size), size_of(path, path.with_suffix(".bin"))
 
 
@@ -173,8 +169,7 @@ def openvino_full(source: Source, batch_size: int) -> tuple[Call, int]:
     import nncf
     import openvino
 
-    path = source.path("full", "xml")
-    if not path.exists():
+    def write(part: Path) -> None:
         images = nncf.Dataset([image[None] for image in source.calibration])
         model = nncf.quantize(
             openvino.Core().read_model(source.onnx()),
@@ -182,7 +177,9 @@ def openvino_full(source: Source, batch_size: int) -> tuple[Call, int]:
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(source.calibration),
         )
-        openvino.save_model(model, path, compress_to_fp16=False)
+        openvino.save_model(model, part, compress_to_fp16=False)
+
+    path = write_whole(source.path("full", "xml"), write)
     return openvino_call(path, source.threads, batch_size), size_of(path, path.with_suffix(".bin"))
 
 

@@ -32,6 +32,7 @@ from sessions import (
     time_in_turn,
     torch_call,
     versions,
+    write_whole,
 )
 from transformers import ViTForImageClassification
 from transformers.models.vit.modeling_vit import ViTLayer
@@ -194,11 +195,7 @@ def measure_model(args, size: str, image_size: int, folder: Path, results: Resul
 
     def file_of(name: str) -> Path:
         path = folder / f"{size}-{image_size}-{name.replace(' ', '-')}.onnx"
-        if not path.exists():
-            start = time.perf_counter()
-            export_onnx(variants[name], path, image_size)
-            print(f"exported {path.name} in {time.perf_counter() - start:.0f} s", flush=True)
-        return path
+        return write_whole(path, lambda part: export_onnx(variants[name], part, image_size))
 
     for batch_size in args.batch_sizes:
         for runtime in args.runtimes:

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -74,6 +75,22 @@ def export_onnx(model: nn.Module, path: Path, image_size: int) -> Path:
 def _without_mask(layer: nn.Module, inputs: tuple) -> tuple:
     hidden_states, *masks = inputs
     return hidden_states, *(None for _ in masks)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` make a file that is not there yet, and what it puts beside it: all of it, or nothing where it stops.
+
+    A run that was cut off leaves no half of a file for the next one.
+    """
+    if path.exists():
+        return path
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        write(Path(folder) / path.name)
+        for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == path.name):
+            part.rename(path.parent / part.name)
+    print(f"wrote {path.name} in {time.perf_counter() - start:.0f} s", flush=True)
+    return path
 
 
 def torch_call(model: nn.Module) -> Call:
