@@ -16,11 +16,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx_ir
 import torch
 from torch import nn
 
 from tocom_hf.devices import describe_device
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.exporting.onnx_graph import make_graph
+from tocom_hf.exporting.tracing import trace
 
 
 Call = Callable[[np.ndarray], np.ndarray]
@@ -41,7 +43,7 @@ class OneOutput(nn.Module):
 
 
 def export_onnx(model: nn.Module, path: Path, image_size: int) -> Path:
-    """Write a model as one ONNX file for any batch size, its weights beside it.
+    """Write a model as one ONNX file for any batch size, as `tocom_hf.export` makes graphs, its weights beside it.
 
     Args:
         model: A transformers model, patched or not.
@@ -52,29 +54,10 @@ def export_onnx(model: nn.Module, path: Path, image_size: int) -> Path:
         `path`.
     """
     sample = torch.randn(2, 3, image_size, image_size)
-    # While a model is exported, transformers hands every layer a mask of ones. In the file it would be added to all
-    # logits of attention, in dense models only, and make these look slower than they are.
-    hooks = [layer.register_forward_pre_hook(_without_mask) for layer in find_backbone(model).layers]
-    try:
-        torch.onnx.export(
-            OneOutput(model).eval(),
-            (sample,),
-            path,
-            dynamo=True,
-            input_names=["pixel_values"],
-            output_names=["output"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
-        )
-    finally:
-        for hook in hooks:
-            hook.remove()
+    program = trace(OneOutput(model).eval(), (sample,), dynamic_batch=True)
+    graph = make_graph(program, "pixel_values", "output")
+    onnx_ir.save(graph, path, external_data=f"{path.name}.data")
     return path
-
-
-def _without_mask(layer: nn.Module, inputs: tuple) -> tuple:
-    hidden_states, *masks = inputs
-    return hidden_states, *(None for _ in masks)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> Path:

@@ -105,6 +105,52 @@ def test_attention_splits_the_heads_itself():
     np.testing.assert_allclose(run(after, inputs)[0], run(before, inputs)[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_sorted_values_are_counted_along_their_axis(axis):
+    from tocom_hf.exporting import onnx_rules
+
+    text = f"""
+<ir_version: 10, opset_import: ["" : 23]>
+sort (float[4, 3] x) => (float[a, b] values, int64[a, b] order)
+<int64 index = {{{axis}}}, int64[1] one = {{1}}>
+{{
+   shape = Shape (x)
+   count = Gather (shape, index)
+   flat = Reshape (count, one)
+   values, order = TopK <axis = {axis}> (x, flat)
+}}
+"""
+    before, _ = tidied(text)
+    size = (4, 3)[axis]
+    for output in before.graph.output:
+        for dim, length in zip(output.type.tensor_type.shape.dim, (4, 3), strict=True):
+            dim.dim_value = length
+    model = ir.serde.deserialize_model(before)
+    onnx_rules.name_static_shapes(model.graph)
+    after = ir.serde.serialize_model(model)
+    counts = [onnx.numpy_helper.to_array(part).tolist() for part in after.graph.initializer if "count" in part.name]
+    assert counts == [[size]]
+    inputs = {"x": np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)}
+    for found, expected in zip(run(after, inputs), run(before, inputs), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_mask_that_masks_nothing_goes():
+    from tocom_hf.exporting import onnx_rules
+
+    text = ATTENTION.replace("float[batch, 1, 5, 5] bias", "int64[4] mask_shape").replace(", bias)", ", mask)")
+    text = text.replace("int64[4] split", "bool[1, 1, 1, 1] ones = {1}, int64[4] split")
+    text = text.replace("   attended", "   mask = Expand (ones, mask_shape)\n   attended")
+    before, after = tidied(text, onnx_rules.drop_masks_of_ones)
+    assert "Expand" in {node.op_type for node in before.graph.node} - {node.op_type for node in after.graph.node}
+    generator = np.random.default_rng(0)
+    inputs = {name: generator.normal(size=(2, 5, 8)).astype(np.float32) for name in ("query", "key", "value")}
+    inputs["mask_shape"] = np.array([2, 1, 5, 5])
+    np.testing.assert_allclose(run(after, inputs)[0], run(before, inputs)[0], rtol=1e-6)
+    _, masked = tidied(text.replace("ones = {1}", "ones = {0}"), onnx_rules.drop_masks_of_ones)
+    assert "Expand" in {node.op_type for node in masked.graph.node}
+
+
 def test_what_does_something_stays():
     from tocom_hf.exporting import onnx_rules
 

@@ -50,6 +50,7 @@ def _tidy(model: ir.Model) -> None:
     onnx_rules.name_static_shapes(model.graph)
     onnx_rules.join_reshapes(model.graph)
     onnx_rules.drop_what_does_nothing(model.graph)
+    onnx_rules.drop_masks_of_ones(model.graph)
     onnx_rules.attend_to_rows(model.graph)
     _expand_masks(model.graph)
     _scatter_in_float32(model.graph)

@@ -46,8 +46,10 @@ def name_static_shapes(graph: ir.Graph) -> None:
         if node.op_type == "Reshape" and len(open_dims) <= 1:
             sizes = [dim if isinstance(dim, int) else -1 for dim in result.shape]
             node.replace_input_with(1, _add(graph, f"{result.name}_shape", sizes))
-        elif node.op_type == "TopK" and isinstance(result.shape[-1], int):
-            node.replace_input_with(1, _add(graph, f"{result.name}_count", [result.shape[-1]]))
+        elif node.op_type == "TopK":
+            count = result.shape[node.attributes["axis"].as_int() if "axis" in node.attributes else -1]
+            if isinstance(count, int):
+                node.replace_input_with(1, _add(graph, f"{result.name}_count", [count]))
 
 
 def join_reshapes(graph: ir.Graph) -> None:
@@ -58,6 +60,17 @@ def join_reshapes(graph: ir.Graph) -> None:
         # a zero would stand for a size of the input
         if before is not None and before.op_type == "Reshape" and sizes is not None and 0 not in sizes:
             node.replace_input_with(0, before.inputs[0])
+
+
+def drop_masks_of_ones(graph: ir.Graph) -> None:
+    """Take masks off attention that mask nothing: transformers makes one for dense layers while it is traced."""
+    for node in list(graph):
+        mask = node.inputs[3] if node.op_type == "Attention" and len(node.inputs) > 3 else None
+        producer = None if mask is None else mask.producer()
+        source = producer.inputs[0] if producer is not None and producer.op_type == "Expand" else mask
+        known = _constant(source)
+        if known is not None and known.dtype == np.bool_ and known.all():
+            node.resize_inputs(3)
 
 
 def attend_to_rows(graph: ir.Graph) -> None:
