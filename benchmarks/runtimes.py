@@ -159,7 +159,7 @@ def measure(args, runtime: str, size: str, image_size: int, batch_size: int, var
     weights_ms = 1000 * weights / bandwidth() if batch_size == 1 else None
     dense_flops, rows = count_flops(size, image_size, 0), []
     for r in args.r:
-        flop_ratio = dense_flops / count_flops(size, image_size, r)
+        flop_ratio = dense_flops / sum(count_flops(size, image_size, r).values())
         speeds = {name: median_ratio(times, DENSE, f"{name} {r}") for name in (REFERENCE, OURS, DROPPED)}
         expected = torch_call(variants[f"{OURS} {r}"])(pixel_values)
         ours_ms = 1000 * statistics.median(times[f"{OURS} {r}"])
