@@ -157,7 +157,7 @@ def measure(args, runtime: str, size: str, image_size: int, batch_size: int, var
     times = time_in_turn(calls, pixel_values, args.rounds)
     weights = sum(parameter.nbytes for parameter in variants[DENSE].parameters())
     weights_ms = 1000 * weights / bandwidth() if batch_size == 1 else None
-    dense_flops, rows = count_flops(size, image_size, 0), []
+    dense_flops, rows = sum(count_flops(size, image_size, 0).values()), []
     for r in args.r:
         flop_ratio = dense_flops / sum(count_flops(size, image_size, r).values())
         speeds = {name: median_ratio(times, DENSE, f"{name} {r}") for name in (REFERENCE, OURS, DROPPED)}
