@@ -231,7 +231,7 @@ def calibrate(
     ... )
     >>> calibration = calibrate(model, batch_size=4, degrees=[0, 8], seconds=0, progress=False)
     >>> [round(cost.gflops, 3) for cost in calibration]
-    [0.067, 0.018]
+    [0.067, 0.019]
 
     ```
     """

@@ -40,7 +40,7 @@ def count_flops(model: PreTrainedModel, r: int, image_size: int | tuple[int, int
     >>> from transformers import AutoModelForImageClassification
     >>> model = AutoModelForImageClassification.from_pretrained("examples/fashion_mnist/checkpoint")
     >>> round(count_flops(model, 0) / count_flops(model, 8), 1)
-    3.7
+    3.6
 
     ```
     """
