@@ -75,6 +75,22 @@ def make_model(size: str, image_size: int, attention: str = "sdpa") -> ViTForIma
     return ViTForImageClassification(config).eval()
 
 
+def clone_of(
+    dense: ViTForImageClassification, size: str, image_size: int, attention: str = "sdpa"
+) -> ViTForImageClassification:
+    """A model on the weights of another, so that no variant has the luckier memory."""
+    with torch.device("meta"):
+        model = make_model(size, image_size, attention)
+    model.load_state_dict(dense.state_dict(), assign=True)
+    return model
+
+
+def structured_images(batch_size: int, image_size: int) -> torch.Tensor:
+    """Random images whose neighbouring patches resemble each other, as in photographs: `(batch, 3, height, width)`."""
+    coarse = torch.randn(batch_size, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(coarse, (image_size, image_size), mode="bicubic")
+
+
 def count_flops(size: str, image_size: int, r: int) -> dict[str, int]:
     """FLOPs of one image in the reference algorithm by torch's own counter, with the attention written out.
 
@@ -156,17 +172,11 @@ def seconds(model, pixel_values: torch.Tensor) -> float:
 def measure(args, size: str, image_size: int, batch_size: int, dtype: str) -> Iterator[dict]:
     """One row for each degree, as soon as it is measured."""
     device, kind = torch.device(args.device), getattr(torch, dtype)
-    # random images with some structure: neighbouring patches resemble each other, as in photographs
-    coarse = torch.randn(batch_size, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    pixel_values = torch.nn.functional.interpolate(coarse, (image_size, image_size), mode="bicubic").to(device, kind)
+    pixel_values = structured_images(batch_size, image_size).to(device, kind)
     dense = make_model(size, image_size, args.attn_implementation).to(device, kind)
 
     def clone(attention: str = "sdpa") -> ViTForImageClassification:
-        """A model on the same weights, so that no variant has the luckier memory."""
-        with torch.device("meta"):
-            model = make_model(size, image_size, attention)
-        model.load_state_dict(dense.state_dict(), assign=True)
-        return model
+        return clone_of(dense, size, image_size, attention)
 
     def prepare(model):
         """Compile a model where that is asked for, and run it until it is warm."""

@@ -12,13 +12,12 @@ dropped for free.
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from inference import SIZES, count_flops, make_model
+from inference import SIZES, clone_of, copy_bandwidth, count_flops, make_model, structured_images
 from reference_tome import apply_reference_tome
 from sessions import (
     Call,
@@ -28,7 +27,6 @@ from sessions import (
     median_ratio,
     onnxruntime_call,
     openvino_call,
-    structured_images,
     time_in_turn,
     torch_call,
     versions,
@@ -58,7 +56,7 @@ NOTES = [
     "and does nothing else. It shows what the runtime's matrix products allow at these token counts: what it misses "
     "of the FLOP ratio is the runtime's, what tocom_hf misses of it is the cost of merging.",
     "The FLOP ratio is that of the reference algorithm.",
-    "*Weights read once*: the time in which this machine reads all weights, at the bandwidth of a sum over 1 GiB. No "
+    "*Weights read once*: the time in which this machine reads all weights, at the bandwidth of a copy. No "
     "pass over one image can be faster.",
     "*Largest difference from eager*: of the outputs of tocom_hf. The reference merges with scatter_reduce; torch "
     "exports its sums rightly and its means wrongly, without an error. Here it sums, and its speed is what is shown.",
@@ -113,29 +111,12 @@ def make_variants(size: str, image_size: int, degrees: list[int]) -> dict[str, V
     """All variants on the same weights, so that none has the luckier memory."""
     dense = make_model(size, image_size)
 
-    def clone() -> ViTForImageClassification:
-        with torch.device("meta"):
-            model = make_model(size, image_size)
-        model.load_state_dict(dense.state_dict(), assign=True)
-        return model
-
     variants = {DENSE: dense}
     for r in degrees:
-        variants[f"{REFERENCE} {r}"] = apply_reference_tome(clone(), r)
-        variants[f"{OURS} {r}"] = apply_tome(clone(), r)
-        variants[f"{DROPPED} {r}"] = drop_tokens(clone(), r)
+        variants[f"{REFERENCE} {r}"] = apply_reference_tome(clone_of(dense, size, image_size), r)
+        variants[f"{OURS} {r}"] = apply_tome(clone_of(dense, size, image_size), r)
+        variants[f"{DROPPED} {r}"] = drop_tokens(clone_of(dense, size, image_size), r)
     return variants
-
-
-def bandwidth() -> float:
-    """Bytes a second that the machine reads, by a sum over 1 GiB."""
-    numbers = torch.ones(2**28)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        numbers.sum()
-        seconds.append(time.perf_counter() - start)
-    return 2**30 / statistics.median(seconds[1:])
 
 
 def make_calls(
@@ -151,12 +132,12 @@ def make_calls(
 
 
 def measure(args, runtime: str, size: str, image_size: int, batch_size: int, variants, file_of) -> list[dict]:
-    pixel_values = structured_images(batch_size, image_size)
+    pixel_values = structured_images(batch_size, image_size).numpy()
     calls = make_calls(runtime, variants, file_of, args, batch_size)
     outputs = {name: call(pixel_values) for name, call in calls.items()}
     times = time_in_turn(calls, pixel_values, args.rounds)
     weights = sum(parameter.nbytes for parameter in variants[DENSE].parameters())
-    weights_ms = 1000 * weights / bandwidth() if batch_size == 1 else None
+    weights_ms = 1000 * weights / copy_bandwidth(torch.device("cpu")) if batch_size == 1 else None
     dense_flops, rows = sum(count_flops(size, image_size, 0).values()), []
     for r in args.r:
         flop_ratio = dense_flops / sum(count_flops(size, image_size, r).values())

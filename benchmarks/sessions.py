@@ -125,12 +125,6 @@ def openvino_call(path: Path, threads: int, batch_size: int | None = None) -> Ca
     return lambda pixel_values: compiled(pixel_values)[0].copy()
 
 
-def structured_images(batch_size: int, image_size: int) -> np.ndarray:
-    """Random images whose neighbouring patches resemble each other, as in photographs: float32 `(batch, 3, h, w)`."""
-    coarse = torch.randn(batch_size, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    return torch.nn.functional.interpolate(coarse, (image_size, image_size), mode="bicubic").numpy()
-
-
 def time_in_turn(
     calls: Mapping[str, Call], pixel_values: np.ndarray, rounds: int, limit: float = float("inf")
 ) -> dict[str, list[float]]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.models import make_model
+from helpers.operations import Operations
 from torch.nn.attention.flex_attention import flex_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
 from tocom_hf import UnsupportedModelError
@@ -117,20 +117,6 @@ def test_rows_of_the_bias_are_aligned_off_the_cpu(tokens):
     assert padded(tokens) - tokens < 8
 
 
-class Operators(TorchDispatchMode):
-    """Records the names of the operators that compute something."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name not in ("view", "transpose", "unsqueeze", "expand", "slice", "alias", "permute"):
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 def make_module(implementation="sdpa"):
     model = make_model()
     module = model.vit.layers[0].attention
@@ -176,11 +162,11 @@ def test_on_a_cpu_sizes_cost_one_operator_more():
     query, key, value, sizes = make_inputs()
     module, counted = make_module(), {}
     for name, given in (("dense", None), ("sized", sizes)):
-        with Operators() as operators:
+        with Operations() as operators:
             attend(module, query, key, value, given, scaling=SCALING)
         counted[name] = operators.names
     assert counted["sized"] == ["log", *counted["dense"]]
-    with Operators() as operators:
+    with Operations() as operators:
         bias = proportional_bias(sizes, torch.float32)
         attend(module, query, key, value, sizes, scaling=SCALING, bias=bias)
     assert operators.names == counted["sized"]
@@ -298,7 +284,7 @@ def test_the_memory_efficient_kernel_gets_the_bias_as_it_is_stored():
     """On the meta device, where the operator has shapes but computes nothing."""
     query, key, value, sizes = (tensor.to("meta") for tensor in make_inputs(torch.bfloat16, queries=13, tokens=13))
     bias = proportional_bias(sizes, torch.bfloat16)
-    with Operators() as operators:
+    with Operations() as operators:
         output = attention.attend_efficiently(query, key, value, bias, SCALING)
     assert operators.names == ["_scaled_dot_product_efficient_attention"]
     assert output.shape == (2, 13, 3, HEAD_DIM)

@@ -142,7 +142,7 @@ def open_checkpoint(name: str, backbone: str | None) -> "tuple[MergeReport, PreT
 
     from tocom_hf.merging.architectures import supported_types, unsupported
     from tocom_hf.model.checkpoint import Checkpoint, reason_for_foreign
-    from tocom_hf.storage.repository import read_json
+    from tocom_hf.storage.json_files import read_json
 
     checkpoint = Checkpoint(name, {})
     content = read_json(checkpoint.repository.path("config.json"))

@@ -139,7 +139,7 @@ class ExportedTocom:
             The output that the manifest names, float32: `(batch, classes)` where that is `logits`.
 
         Raises:
-                UnsupportedInputError: if the inputs have another shape than the graph was made for, or are not floating
+            UnsupportedInputError: if the inputs have another shape than the graph was made for, or are not floating
                 point numbers.
             ArgumentError: if the runtime fails, for instance for want of memory.
         """

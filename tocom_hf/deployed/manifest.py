@@ -2,12 +2,12 @@
 """The folder of an export: what its manifest says, and its files, each checked once against the checksum in there."""
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from tocom_hf.errors import PluginFileError
+from tocom_hf.storage.json_files import read_json
 
 
 FORMAT_VERSION = 1
@@ -18,7 +18,6 @@ GRAPH_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 EXPORTED_FILES = (
     r"(manifest|labels|preprocessor_config)\.json|(weights|plugins)\.safetensors|degree_\d+\.(onnx|xml|pt2)"
 )
-_MAX_JSON_BYTES = 16 * 2**20
 
 
 class ExportedFolder:
@@ -95,18 +94,7 @@ def sha256(path: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise PluginFileError(f"{path} is missing. Expected a folder written by tocom_hf.export.")
-    size = path.stat().st_size
-    if size > _MAX_JSON_BYTES:
-        raise PluginFileError(f"{path} has {size} bytes, expected at most {_MAX_JSON_BYTES}. Export the model again.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise PluginFileError(f"{path} is not valid JSON: {error}. Export the model again.") from error
-    if not isinstance(content, dict):
-        raise PluginFileError(
-            f"{path} must hold a JSON object, found {type(content).__name__}. Export the model again."
-        )
-    return content
+    return read_json(path, "Export the model again.")
 
 
 def _problem(manifest: dict[str, Any]) -> str | None:

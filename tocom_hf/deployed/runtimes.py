@@ -3,6 +3,7 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ Run = Callable[[np.ndarray], np.ndarray]
 """From the inputs of a batch to the output."""
 
 
-class Runtime:
+class Runtime(ABC):
     """Opens the graphs of an export; the weights that all degrees share are read once.
 
     Args:
@@ -67,8 +68,9 @@ class Runtime:
                 f"{self.name} cannot open {self.exported.graph(degree)} on {self.device or 'the CPU'}: {reason:.400}"
             ) from error
 
+    @abstractmethod
     def _open(self, degree: int) -> Run:
-        raise NotImplementedError
+        """`open`, but for its errors."""
 
 
 class OnnxRuntime(Runtime):

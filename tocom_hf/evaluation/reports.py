@@ -15,7 +15,7 @@ import torch
 from tocom_hf.cost.timing import DegreeCost
 from tocom_hf.evaluation.grid import Cell, CellRun, summarize
 from tocom_hf.extras import require_extras
-from tocom_hf.storage.repository import read_json
+from tocom_hf.storage.json_files import read_json
 from tocom_hf.storage.transaction import write_folder
 
 

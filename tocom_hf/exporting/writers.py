@@ -1,6 +1,7 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """One writer for each runtime: it collects the graphs of all degrees, and writes them around their shared weights."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tocom_hf.plugins.composition import Composite
 from tocom_hf.storage.transaction import scratch_folder
 
 
-class GraphWriter:
+class GraphWriter(ABC):
     """Writes the graphs of one export.
 
     Args:
@@ -41,17 +42,17 @@ class GraphWriter:
             # what plugins change in place later
             self.source = {name: array.copy() if name in self.paths else array for name, array in source.items()}
 
+    @abstractmethod
     def add(self, degree: int, folder: Path) -> None:
         """Trace the model, which runs at this degree now."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, folder: Path) -> dict[str, Any]:
         """Write what was added.
 
         Returns:
             What the manifest says about it.
         """
-        raise NotImplementedError
 
     def composed_names(self, degree: int) -> list[str]:
         """Names of the weights that must be composed before the graph of a degree, once written, can run."""

@@ -12,7 +12,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from tocom_hf.errors import ArgumentError, HubError, PluginFileError, UnsupportedModelError
 from tocom_hf.model.completeness import require_whole_backbone
 from tocom_hf.plugins.adapters import ADAPTER_CONFIG
-from tocom_hf.storage.repository import DOWNLOAD_ARGUMENTS, Repository, read_json, require_small_header
+from tocom_hf.storage.json_files import read_json
+from tocom_hf.storage.repository import DOWNLOAD_ARGUMENTS, Repository, require_small_header
 
 
 # what a saved checkpoint consists of, so that nothing of an earlier one with other shards stays behind

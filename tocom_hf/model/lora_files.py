@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from tocom_hf.errors import PluginFileError
 from tocom_hf.plugins.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from tocom_hf.storage.repository import Repository, read_json, require_small_header
+from tocom_hf.storage.json_files import read_json
+from tocom_hf.storage.repository import Repository, require_small_header
 from tocom_hf.storage.transaction import retry_while_saved
 
 

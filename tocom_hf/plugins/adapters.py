@@ -13,7 +13,8 @@ from tocom_hf.errors import PluginFileError
 from tocom_hf.merging.architectures import Architecture
 from tocom_hf.plugins.composition import Adapter, Factors
 from tocom_hf.plugins.config import CONFIG_NAME, PluginSetConfig
-from tocom_hf.storage.repository import Repository, read_json, require_small_header
+from tocom_hf.storage.json_files import read_json
+from tocom_hf.storage.repository import Repository, require_small_header
 
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -12,7 +12,7 @@ import torch
 
 from tocom_hf.errors import BackboneMismatchError, PluginFileError
 from tocom_hf.merging.architectures import ARCHITECTURES, Backbone, projection_paths, unsupported
-from tocom_hf.storage.repository import read_json
+from tocom_hf.storage.json_files import read_json
 from tocom_hf.version import __version__
 
 

@@ -3,7 +3,6 @@
 
 import contextlib
 import hashlib
-import json
 import re
 import struct
 from dataclasses import dataclass, field
@@ -23,7 +22,6 @@ from tocom_hf.storage.transaction import (
 )
 
 
-MAX_JSON_BYTES = 16 * 2**20
 DOWNLOAD_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 _MAX_ENTRY = 512  # bytes of a header that describe one tensor, besides its name
 _METADATA = 65_536  # bytes of a header that may be metadata
@@ -101,25 +99,6 @@ class Repository:
         """Raise `FolderChangedError` if a local folder was saved anew since it was opened."""
         if self.folder is not None and generation(self.folder, self.probe) != self.generation:
             raise FolderChangedError(f"{self.folder} was saved anew after it had been opened. Load it again.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        PluginFileError: if the file does not hold one, or is larger than any that this package writes.
-    """
-    advice = "Download or copy the plugin set again."
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise PluginFileError(f"{path} has {size} bytes, expected at most {MAX_JSON_BYTES}. {advice}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise PluginFileError(f"{path} is not valid JSON: {error}. {advice}") from error
-    if not isinstance(content, dict):
-        raise PluginFileError(f"{path} must hold a JSON object, found {type(content).__name__}. {advice}")
-    return content
 
 
 def require_small_header(path: Path, names: list[str] | None = None) -> None:
