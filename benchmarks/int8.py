@@ -137,6 +137,8 @@ def onnxruntime_dynamic(source: Source, batch_size: int, *, bits: int = 8) -> tu
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     options = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": bits == 7}
+    # by default onnxruntime takes ONNX's own Attention for one of its operators, and writes a file that does not load
+    options["op_types_to_quantize"] = ["MatMul"]
     path = source.path(f"dynamic{bits}")
     write_whole(path, lambda part: quantize_dynamic(source.onnx(), part, **options))
     return onnxruntime_call(path, source.threads, batch_size), size_of(path)
