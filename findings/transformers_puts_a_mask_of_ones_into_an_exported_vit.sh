@@ -39,13 +39,14 @@ given = [node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask") fo
 print("traced, masks:", sum(mask is not None for mask in given), "of", len(calls))
 
 
+names = {node.name for node in given}
 ones = []
 
 
 class Masks(torch.fx.Interpreter):
     def run_node(self, node):
         result = super().run_node(node)
-        if node in given:
+        if node.name in names:
             ones.append(bool(result.all()))
         return result
 

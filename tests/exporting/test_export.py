@@ -65,7 +65,7 @@ def test_a_degree_differs_from_another_in_weights_and_merging(torch_folder, mode
 
 
 def test_degrees_on_both_sides_of_the_source(tmp_path):
-    model = make_tocom_model(source_r=2, target_r=3)
+    model = make_tocom_model(source_r=2, target_r=3, layers=1)
     require_same(export(model, tmp_path / "out", format="torch", degrees=[0, 4]), model, 1e-6)
     assert model.target_r == 3
 
@@ -220,14 +220,15 @@ def test_of_a_model_that_reads_text_the_vision_backbone_is_exported(tmp_path):
         exported.predict("image.png")
 
 
-def test_one_image_at_a_time(model, tmp_path):
+def test_one_image_at_a_time(tmp_path):
+    model = make_tocom_model(layers=1)
     folder = export(model, tmp_path / "out", format="torch", degrees=[4], dynamic_batch=False)
     require_same(folder, model, 1e-6, counts=(1,))
     assert ExportedTocom(folder).manifest["input"]["shape"] == [1, 3, 32, 32]
 
 
 def test_half_precision_is_a_copy_of_the_model(tmp_path):
-    model = make_tocom_model()
+    model = make_tocom_model(layers=1)
     folder = export(model, tmp_path / "out", format="torch", degrees=[4], dtype="float16")
     require_same(folder, model, 0.05)
     assert model.dtype == torch.float32
@@ -236,7 +237,7 @@ def test_half_precision_is_a_copy_of_the_model(tmp_path):
 
 
 def test_standalone_programs_of_torch(tmp_path):
-    model = make_tocom_model()
+    model = make_tocom_model(layers=1)
     folder = export(model, tmp_path / "out", format="torch", degrees=[4], standalone=True)
     require_same(folder, model, 1e-6)
     program = torch.export.load(folder / "degree_4.pt2").module()
@@ -302,7 +303,7 @@ def test_every_family_in_openvino(family, tmp_path):
     require_family(family, export(family.make(layers=2), tmp_path / "out", format="openvino", degrees=[6]))
 
 
-@pytest.mark.parametrize("family", chosen({"ASTForAudioClassification", "ViTMAEModel"}))
+@pytest.mark.parametrize("family", chosen({"ViTMAEModel"}))
 def test_every_family_as_a_program_of_torch(family, tmp_path):
     require_family(family, export(family.make(layers=2), tmp_path / "out", format="torch", degrees=[6]), 1e-6)
 

@@ -8,9 +8,9 @@ from helpers.models import make_model, make_plugins
 from tocom_hf import TocomModel
 
 
-def make_tocom_model(source_r=2, target_r=None, **settings):
-    """A two-layer model with plugins on query and value: one layer without token sizes and one with them."""
-    model = make_model(num_hidden_layers=2, **settings)
+def make_tocom_model(source_r=2, target_r=None, layers=2, **settings):
+    """A model with plugins on query and value. Of two layers one has no token sizes yet, and one has them."""
+    model = make_model(num_hidden_layers=layers, **settings)
     plugins = make_plugins(model)
     return TocomModel.from_pretrained(model, plugins=plugins, source_r=source_r, target_r=target_r)
 

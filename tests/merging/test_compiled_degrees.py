@@ -41,15 +41,14 @@ def test_a_degree_is_compiled_once(make, pixel_values):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("limit", "compiled"), [(2, 2), (3, 3)])
-def test_degrees_beyond_torchs_limit_run_uncompiled(limit, compiled, pixel_values):
+def test_degrees_beyond_torchs_limit_run_uncompiled(pixel_values):
     """torch's own limit is 8; docs/gpu.md says how to raise it for a model of more degrees."""
     torch.compiler.reset()
     model, counter = make_model(num_hidden_layers=1), CompileCounter()
     apply_tome(model, 0)
     model.compile(backend=counter)
-    with torch._dynamo.config.patch(recompile_limit=limit):
+    with torch._dynamo.config.patch(recompile_limit=2):
         for degree in (1, 2, 3, 1, 2, 3):
             apply_tome(model, degree)
             model(pixel_values)
-    assert counter.frame_count == compiled
+    assert counter.frame_count == 2
