@@ -88,7 +88,10 @@ def torch_call(model: nn.Module) -> Call:
 
 def compiled_call(model: nn.Module, *, freezing: bool) -> Call:
     """`torch.compile` for the shapes that it is called with; `freezing` makes weights constants, which are packed."""
-    return torch_call(torch.compile(OneOutput(model).eval(), dynamic=False, options={"freezing": freezing}))
+    model = OneOutput(model).eval()
+    # compiled in place: what torch.compile returns is of another class, which torch_call would wrap once more
+    model.compile(dynamic=False, options={"freezing": freezing})
+    return torch_call(model)
 
 
 def onnxruntime_call(path: Path, threads: int, batch_size: int | None = None) -> Call:

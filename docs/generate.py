@@ -91,13 +91,13 @@ def _tested_classes() -> dict[str, list[str]]:
     """The names of the tested classes by the model type of their backbone."""
     sys.path.insert(0, str(ROOT / "tests"))
     try:
-        from helpers.families import FAMILIES
+        from helpers.families import FAMILIES, SIMILAR
     finally:
         sys.path.remove(str(ROOT / "tests"))
     from tocom_hf.merging.architectures import find_backbone
 
     classes: dict[str, list[str]] = {}
-    for family in FAMILIES:
+    for family in [*FAMILIES, *SIMILAR]:
         model_type = find_backbone(family.make()).module.config.model_type
         names = classes.setdefault(model_type, [])
         name = TITLES.get(family.model_class.__name__, f"`{family.model_class.__name__}`")

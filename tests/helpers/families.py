@@ -1,6 +1,7 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """A small random model of every supported family, and what the slow reference must know about it."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ class Family:
     names: tuple
     output: str = "logits"
     audio: bool = False
+    angles_of: Any = None  # of rotary positions, see `reference.rotate`
 
     def __str__(self):
         return self.model_class.__name__
@@ -91,6 +93,20 @@ def dino(config_class, **settings):
     return config_class(**common, mlp_ratio=2, layerscale_value=0.5, **settings)
 
 
+def dinov3(**settings):
+    settings = {**COMMON, "num_register_tokens": 2, "layerscale_value": 0.5, **settings}
+    return hf.DINOv3ViTConfig(**{key: value for key, value in settings.items() if key != "num_labels"})
+
+
+def dinov3_angles(position):
+    """Patch centres from -1 to 1 on an 8 x 8 grid, heads of 8 channels: frequencies 1 and 1 / sqrt(100)."""
+    if position < 3:
+        return None
+    row, column = divmod(position - 3, 8)
+    centres = [(2 * place + 1) / 8 - 1 for place in (row, column)]
+    return torch.tensor([2 * math.pi * c * f for c in centres for f in (1, 0.1)], dtype=torch.float64)
+
+
 def encoder_decoder(encoder=None):
     """A model that describes images: it wants tokens of text beside them."""
     encoder = encoder or hf.ViTConfig(**COMMON)
@@ -140,7 +156,11 @@ FAMILIES = [
         "dinov2_with_registers.encoder.layer",
         DINO,
     ),
+    Family(hf.DINOv3ViTModel, dinov3, 3, "model.layer", DINO, "pooler_output", angles_of=dinov3_angles),
     Family(hf.CLIPForImageClassification, clip, 1, "vision_model.encoder.layers", CLIP),
     Family(hf.SiglipForImageClassification, siglip, 0, "vision_model.encoder.layers", CLIP),
     Family(hf.SiglipVisionModel, lambda: siglip().vision_config, 0, "encoder.layers", CLIP, "pooler_output"),
 ]
+
+# like one of the above in all that merging does: tested in full by the slow tests, in the others for what decides
+SIMILAR: list[Family] = []

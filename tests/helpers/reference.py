@@ -58,11 +58,30 @@ def merge_groups(groups, edges, protected):
 VIT = ("layernorm_before", "attention", None, "layernorm_after", None, "o_proj")
 
 
-def hidden_states(layers, images, schedule, protected, names=VIT, proportional=True):
+def rotate(heads, groups, angles_of):
+    """Rotary positions: every token turns by the mean of its members' angles, pairs of channels at a time.
+
+    `heads` is `(tokens, heads, dim)`; `angles_of` gives `dim / 2` angles for an input position, or `None` where it does
+    not turn. Channel `i` and channel `i + dim / 2` are a pair.
+    """
+    turned = []
+    for token, group in zip(heads, groups, strict=True):
+        members = [angles_of(position) for position in group]
+        if members[0] is None:
+            turned.append(token)
+            continue
+        angles = torch.stack(members).mean(0)
+        first, second = token.chunk(2, dim=-1)
+        number = torch.complex(first, second) * torch.exp(1j * angles)
+        turned.append(torch.cat([number.real, number.imag], dim=-1))
+    return torch.stack(turned)
+
+
+def hidden_states(layers, images, schedule, protected, names=VIT, proportional=True, angles_of=None):
     """Token states after the last layer of a pre-norm transformer in float64, image by image, not restored.
 
     `images` are the tokens that enter the first layer. `names` are those of a layer's parts: norm, attention, layer
-    scale, norm, layer scale, and the attention's output projection.
+    scale, norm, layer scale, and the attention's output projection. `angles_of` is that of `rotate`.
 
     Returns the states, and for every image the groups of input positions that each output token stands for.
     """
@@ -76,6 +95,9 @@ def hidden_states(layers, images, schedule, protected, names=VIT, proportional=T
             normed = getattr(layer, norm1)(tokens)
             projections = attention.q_proj, attention.k_proj, attention.v_proj
             query, key, value = (projection(normed).view(len(tokens), -1, dim) for projection in projections)
+            edges = match(key.mean(1).tolist(), min(r, (len(tokens) - protected) // 2), protected)
+            if angles_of is not None:
+                query, key = rotate(query, groups, angles_of), rotate(key, groups, angles_of)
             sizes = [len(group) for group in groups]
             mixed = []
             for head in range(key.shape[1]):
@@ -85,7 +107,6 @@ def hidden_states(layers, images, schedule, protected, names=VIT, proportional=T
                 mixed.append(logits.softmax(-1) @ value[:, head])
             branch = getattr(attention, output)(torch.cat(mixed, dim=-1))
             tokens = tokens + (getattr(layer, scale1)(branch) if scale1 else branch)
-            edges = match(key.mean(1).tolist(), min(r, (len(tokens) - protected) // 2), protected)
             tokens, _ = merge(tokens, sizes, edges, protected)
             groups = merge_groups(groups, edges, protected)
             branch = layer.mlp(getattr(layer, norm2)(tokens))

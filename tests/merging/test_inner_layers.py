@@ -43,7 +43,9 @@ def test_every_hidden_state_is_that_of_the_slow_reference_at_all_positions(famil
         # behind the last layer some families put out what their last norm makes of it, which other tests look at
         for count in (1, 2, 3):
             layers = list(backbone.layers)[:count]
-            merged, groups = reference.hidden_states(layers, tokens, SCHEDULE[:count], family.protected, family.names)
+            merged, groups = reference.hidden_states(
+                layers, tokens, SCHEDULE[:count], family.protected, family.names, angles_of=family.angles_of
+            )
             expected = reference.restore(merged, groups)
             torch.testing.assert_close(found[count], expected, rtol=1e-5, atol=1e-5)
     assert found[4].shape == tokens.shape

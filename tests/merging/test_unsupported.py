@@ -16,8 +16,10 @@ def tiny_beit():
     return hf.BeitModel(hf.BeitConfig(**COMMON))
 
 
-def tiny_dinov3():
-    return hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**COMMON))
+def tiny_pixtral():
+    return hf.PixtralVisionModel(
+        hf.PixtralVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    )
 
 
 def tiny_mgp_str():
@@ -40,7 +42,7 @@ def tiny_bert():
         (lambda: torch.nn.Linear(2, 2), "Expected a transformers model"),
         (tiny_swin, "'swin': it attends within windows"),
         (tiny_beit, "'beit': its attention adds a bias"),
-        (tiny_dinov3, "'dinov3_vit': it rotates"),
+        (tiny_pixtral, "'pixtral': it rotates"),
         (lambda: hf.MgpstrForSceneTextRecognition(tiny_mgp_str()), "'mgp-str': its queries, keys and values come from"),
         (lambda: hf.Siglip2VisionModel(siglip2()), "'siglip2_vision_model': it pads images"),
         (tiny_bert, "'bert'. Supported model types: .*vit"),

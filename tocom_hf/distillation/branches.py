@@ -220,9 +220,7 @@ class ProjectionWithPlugins(nn.Module):
 def _groups(backbone: Backbone, target_modules: Iterable[str] | None) -> list[list[str]]:
     """Names of linear layers, those together that read the same input: query, key and value."""
     architecture = backbone.architecture
-    attention = architecture.attention
-    # what reads the normalised input of attention
-    inputs = [f"{attention}.{name}" for name in (architecture.query, architecture.key, architecture.value)]
+    inputs = architecture.attention_inputs
     names = list(architecture.query_and_value) if target_modules is None else list(target_modules)
     together = [name for name in inputs if name in names]
     alone = [[name] for name in names if name not in inputs]

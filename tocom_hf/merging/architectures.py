@@ -1,29 +1,39 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """The supported model families, one table row each: which submodules play which part in token merging."""
 
+import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tocom_hf.errors import ArgumentError, UnsupportedModelError
+from tocom_hf.merging.positions import AxialRotary, Positions
 
 
 @dataclass(frozen=True)
 class Architecture:
     """Where token merging finds the parts of one family's transformer layer.
 
+    A part of a layer is named by its path in the layer (`attention.output.dense`).
+
     Attributes:
         layers: Path from the backbone to the `ModuleList` of its layers.
-        attention: Name of the attention block in a layer.
-        norm_before, norm_after: Names of the layer norms in front of attention and in front of the MLP.
-        scale_attention, scale_mlp: Names of the layer scales behind the two, or `None`.
-        drop: Name of the dropout or drop-path module behind both, or `None`.
-        mlp: Name of the MLP.
-        query, key, value, output: Names of the projections in the attention block.
-        dropout, scaling: Names of its attention dropout probability and of its logit scale.
+        attention: The part of a layer that projects to queries, keys and values.
+        norm_before: The layer norm in front of attention.
+        attention_branch: What the result of attention passes, in this order, before it joins the residual stream: layer
+            scale, dropout or drop path. A parameter is a scale.
+        mlp_branch: What makes the second branch, in this order: layer norm, MLP, layer scale, dropout or drop path.
+        query, key, value, output: Names of the projections in the attention block. `output` is `None` where it stands
+            in `attention_branch`.
+        dropout, scaling, head_dim: Names of its attention dropout probability, of its logit scale, and of the number of
+            channels of a head.
+        positions: How attention rotates queries and keys by position, or `None` where it does not.
+        returns_weights: Whether a layer returns its attention weights beside its hidden states.
+        passes_kwargs: Whether keyword arguments of the backbone's forward reach its layers.
         protected: Number of class and distillation tokens at the front, which never merge.
         registers: Configuration attribute that counts register tokens behind the class token, or `None`. They never
             merge either.
@@ -38,17 +48,18 @@ class Architecture:
     layers: str = "layers"
     attention: str = "attention"
     norm_before: str = "layernorm_before"
-    norm_after: str = "layernorm_after"
-    scale_attention: str | None = None
-    scale_mlp: str | None = None
-    drop: str | None = "dropout"
-    mlp: str = "mlp"
+    attention_branch: tuple[str, ...] = ("dropout",)
+    mlp_branch: tuple[str, ...] = ("layernorm_after", "mlp", "dropout")
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
-    output: str = "o_proj"
+    output: str | None = "o_proj"
     dropout: str = "attention_dropout"
     scaling: str = "scaling"
+    head_dim: str = "head_dim"
+    positions: Positions | None = None
+    returns_weights: bool = False
+    passes_kwargs: bool = True
     protected: int = 1
     registers: str | None = None
     restore: bool = False
@@ -61,22 +72,25 @@ class Architecture:
         """Names, in a transformer layer, of the projections that the paper's plugins apply to."""
         return f"{self.attention}.{self.query}", f"{self.attention}.{self.value}"
 
+    @property
+    def attention_inputs(self) -> tuple[str, ...]:
+        """Names, in a transformer layer, of the projections that read the normalised input of attention."""
+        return tuple(f"{self.attention}.{name}" for name in (self.query, self.key, self.value))
+
 
 _DINOV2 = Architecture(
     layers="encoder.layer",
     norm_before="norm1",
-    norm_after="norm2",
-    scale_attention="layer_scale1",
-    scale_mlp="layer_scale2",
-    drop="drop_path",
+    attention_branch=("layer_scale1", "drop_path"),
+    mlp_branch=("norm2", "mlp", "layer_scale2", "drop_path"),
     restore=True,
 )
 _CLIP = Architecture(
     layers="encoder.layers",
     attention="self_attn",
     norm_before="layer_norm1",
-    norm_after="layer_norm2",
-    drop=None,
+    attention_branch=(),
+    mlp_branch=("layer_norm2", "mlp"),
     output="out_proj",
     dropout="dropout",
     scaling="scale",
@@ -91,6 +105,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vit_mae": Architecture(shuffles_patches=True, fine_tuned_as="vit"),
     "dinov2": _DINOV2,
     "dinov2_with_registers": replace(_DINOV2, registers="num_register_tokens"),
+    "dinov3_vit": replace(
+        _DINOV2,
+        layers="model.layer",
+        dropout="dropout",
+        registers="num_register_tokens",
+        positions=AxialRotary("rope_embeddings", unit=2 * math.pi, extent=4.0, follows_inputs=True),
+    ),
     "clip_vision_model": _CLIP,
     "siglip_vision_model": replace(_CLIP, protected=0),
     "ijepa": Architecture(protected=0, restore=True),
@@ -107,7 +128,7 @@ _HIERARCHICAL = "it pools or strides over the token grid between its stages, whi
 REASONS: dict[str, str] = {
     **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin", "swin2sr", "hiera", "vitdet"), _WINDOWED),
     **dict.fromkeys(("beit", "data2vec-vision", "levit"), _BIASED),
-    **dict.fromkeys(("dinov3_vit", "pixtral", "vjepa2", "gemma4_vision"), _ROTARY),
+    **dict.fromkeys(("pixtral", "vjepa2", "gemma4_vision"), _ROTARY),
     "siglip2_vision_model": _PADDED,
     "mgp-str": _FUSED,
     **dict.fromkeys(("pvt", "pvt_v2", "cvt", "segformer", "poolformer", "mobilevit"), _HIERARCHICAL),
@@ -185,6 +206,11 @@ class Backbone(NamedTuple):
         if found == {*self.architecture.query_and_value}:
             return None
         return {path: (part.out_features, part.in_features) for path, part in linear.items() if path in found}
+
+
+def find_part(layer: nn.Module, path: str) -> Any:
+    """The part of a layer that stands at a path: a module, or a parameter."""
+    return functools.reduce(getattr, path.split("."), layer)
 
 
 def projection_paths(model_type: str, num_layers: int, target_modules: Iterable[str] | None = None) -> list[str]:

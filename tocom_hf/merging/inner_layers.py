@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from tocom_hf.errors import UnsupportedInputError
 from tocom_hf.merging.architectures import Backbone
-from tocom_hf.merging.layers import TokenState
+from tocom_hf.merging.state import TokenState, running_call
 from tocom_hf.merging.tokens import follow_tokens, restore_tokens
 
 
@@ -31,8 +31,8 @@ class RestoreHook:
     def __init__(self, num_layers: int):
         self.num_layers = num_layers
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        tome = kwargs.get("tome")
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        tome = running_call()
         if tome is None or not tome.settings.restore or not tome.plans:
             return None
         if isinstance(output, tuple):

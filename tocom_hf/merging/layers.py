@@ -4,18 +4,19 @@
 They keep nothing that a forward call computes. Every call hands them its own `TokenState`.
 """
 
-from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from tocom_hf.errors import UnsupportedModelError
-from tocom_hf.merging.architectures import Architecture
+from tocom_hf.merging.architectures import Architecture, find_part
 from tocom_hf.merging.attention import attend
 from tocom_hf.merging.kernels import fused_merge, fused_plan
+from tocom_hf.merging.positions import AxialRotary, Positions
 from tocom_hf.merging.schedule import clamp_r
+from tocom_hf.merging.state import TokenState, running_call
 from tocom_hf.merging.subclassing import RuntimeSubclass, runtime_subclass
 from tocom_hf.merging.tokens import (
     MergePlan,
@@ -27,56 +28,28 @@ from tocom_hf.merging.tokens import (
 )
 
 
-@dataclass(frozen=True)
-class MergeSettings:
-    """How a patched model merges; immutable, so a forward call sees one setting from start to end."""
-
-    schedule: tuple[int, ...]
-    protected: int
-    proportional_attention: bool = True
-    restore: bool = False
-    class_tokens_only: bool = False
-
-
-@dataclass
-class TokenState:
-    """What one forward call knows about its tokens: entry `i` is written by layer `i` and read by layer `i + 1`.
-
-    Attributes:
-        settings: The settings that the call started with.
-        sizes: Token sizes after each layer, float32 `(batch, tokens)`.
-        plans: Merge plans of the layers. A layer that is recomputed (gradient checkpointing) merges by the plan that it
-            made the first time.
-        rows: The numbers of all rows that tokens can have, made once for all layers.
-        biases: The logarithms of the sizes after each layer, `(batch, 1, 1, tokens)`, where a kernel made them.
-    """
-
-    settings: MergeSettings
-    sizes: dict[int, torch.Tensor] = field(default_factory=dict)
-    plans: dict[int, MergePlan] = field(default_factory=dict)
-    rows: torch.Tensor | None = None
-    biases: dict[int, torch.Tensor] = field(default_factory=dict)
-
-
 class AttentionCall(NamedTuple):
     """What a layer tells its attention about one forward call.
 
     Attributes:
-        settings: The settings of the call.
+        tome: State of the call.
         sizes: Sizes of the tokens that enter, float32 `(batch, tokens)`, or `None` where all are 1.
         r: How many tokens to merge.
         rows: The numbers of the rows that the plan is made of; `None` where there is none to make, because no token
             merges or because the layer is recomputed.
         queries: How many tokens to compute, from the front; `None` for all.
         bias: The logarithms of the sizes, `(batch, 1, 1, tokens)`, where the last layer made them.
+        coordinates: Where the tokens are, float32 `(batch, tokens, axes)`, in a model with rotary positions; `None`
+            where none has merged yet.
     """
 
-    settings: MergeSettings
+    tome: TokenState
     sizes: torch.Tensor | None
     r: int
     rows: torch.Tensor | None
     queries: int | None
     bias: torch.Tensor | None = None
+    coordinates: torch.Tensor | None = None
 
 
 class Merging(RuntimeSubclass, nn.Module):
@@ -98,23 +71,36 @@ class MergingLayer(Merging):
 
     tome_index: int
 
-    def forward(self, hidden_states, attention_mask=None, tome: TokenState | None = None, **kwargs):
-        # A mask that arrives here is one of ones, which transformers makes while a model is exported.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Some models hand their layers no keyword arguments. Whatever runs the forward a second time (gradient
+        # checkpointing) keeps what this call is given, while no call of the backbone is running then.
+        if kwargs.get("tome") is None:
+            kwargs["tome"] = running_call()
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, hidden_states, *args, tome: TokenState | None = None, **kwargs):
+        # A mask among the arguments is one of ones, which transformers makes while a model is exported.
         if tome is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
+            return super().forward(hidden_states, *args, **kwargs)
+        tome.reached = True
         call = self._attention_call(tome, hidden_states)
         if call.sizes is None and call.r == 0 and call.queries is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
+            return super().forward(hidden_states, *args, **kwargs)
 
         names = self.tome_architecture
+        kwargs.pop("attention_mask", None)
         normed = getattr(self, names.norm_before)(hidden_states)  # (batch, tokens, hidden)
-        branch, _, plan = getattr(self, names.attention)(normed, call=call, **kwargs)  # (batch, queries, hidden)
+        branch, weights, plan = find_part(self, names.attention)(
+            normed, call=call, **kwargs
+        )  # (batch, queries, hidden)
         if call.queries is not None:
             hidden_states = hidden_states[:, : call.queries]  # (batch, protected, hidden)
-        branch = _scaled_and_dropped(self, names.scale_attention, names.drop, branch)
+        branch = _through(self, names.attention_branch, branch)
         sizes = call.sizes  # (batch, tokens)
         if call.r > 0:
             plan = tome.plans.setdefault(self.tome_index, plan)
+            if names.positions is not None:
+                self._move(tome, call, normed, plan)
             fused = fused_merge(hidden_states, branch, plan, sizes)
             if fused is None:
                 hidden_states, sizes = merge_tokens(branch + hidden_states, sizes, plan)  # (batch, tokens - r, hidden)
@@ -122,31 +108,49 @@ class MergingLayer(Merging):
                 hidden_states, sizes, tome.biases[self.tome_index] = fused
         else:
             hidden_states = branch + hidden_states
+            if call.coordinates is not None:
+                tome.coordinates[self.tome_index] = call.coordinates
         tome.sizes[self.tome_index] = cast(torch.Tensor, sizes)
 
-        branch = getattr(self, names.mlp)(getattr(self, names.norm_after)(hidden_states))
-        hidden_states = _scaled_and_dropped(self, names.scale_mlp, names.drop, branch) + hidden_states
+        hidden_states = _through(self, names.mlp_branch, hidden_states) + hidden_states
         if tome.settings.restore and self._is_last(tome):
             positions = follow_tokens(tome.plans[index] for index in sorted(tome.plans))  # (batch, input tokens)
             hidden_states = restore_tokens(
                 hidden_states, cast(torch.Tensor, positions)
             )  # (batch, input tokens, hidden)
-        return hidden_states
+        return (hidden_states, weights) if names.returns_weights else hidden_states
 
     def _attention_call(self, tome: TokenState, hidden_states: torch.Tensor) -> AttentionCall:
         """What this layer does to the tokens of a call."""
         batch, tokens, _ = hidden_states.shape
         settings = tome.settings
-        sizes = tome.sizes.get(self.tome_index - 1)  # (batch, tokens)
-        bias = tome.biases.get(self.tome_index - 1)  # (batch, 1, 1, tokens)
+        before = self.tome_index - 1
+        call = AttentionCall(
+            tome,
+            sizes=tome.sizes.get(before),  # (batch, tokens)
+            r=0,
+            rows=None,
+            queries=None,
+            bias=tome.biases.get(before),  # (batch, 1, 1, tokens)
+            coordinates=tome.coordinates.get(before),  # (batch, tokens, axes)
+        )
         if settings.class_tokens_only and self._is_last(tome):
             # class tokens do not merge, and no others leave this layer
-            return AttentionCall(settings, sizes, r=0, rows=None, queries=settings.protected, bias=bias)
+            return call._replace(queries=settings.protected)
         r = clamp_r(settings.schedule[self.tome_index], tokens, settings.protected)
         if r > 0 and tome.rows is None:
             tome.rows = token_rows(batch, tokens, hidden_states.device)
         has_plan = r == 0 or self.tome_index in tome.plans
-        return AttentionCall(settings, sizes, r=r, rows=None if has_plan else tome.rows, queries=None, bias=bias)
+        return call._replace(r=r, rows=None if has_plan else tome.rows)
+
+    def _move(self, tome: TokenState, call: AttentionCall, hidden_states: torch.Tensor, plan: MergePlan) -> None:
+        """Note where the tokens are behind this layer."""
+        coordinates = call.coordinates
+        if coordinates is None:
+            names = self.tome_architecture
+            attention = find_part(self, names.attention)
+            coordinates = cast(Positions, names.positions).coordinates(tome, attention, hidden_states)
+        tome.coordinates[self.tome_index], _ = merge_tokens(coordinates, call.sizes, plan)
 
     def _is_last(self, tome: TokenState) -> bool:
         return self.tome_index == len(tome.settings.schedule) - 1
@@ -156,39 +160,66 @@ class MergingAttention(Merging):
     """Mixin for self-attention: weighs keys by their sizes, and matches tokens by their keys."""
 
     config: PreTrainedConfig
-    head_dim: int
 
-    def forward(self, hidden_states, attention_mask=None, *, call: AttentionCall | None = None, **kwargs):
+    def forward(self, hidden_states, *args, call: AttentionCall | None = None, **kwargs):
         if call is None:
-            return super().forward(hidden_states, attention_mask, **kwargs)
+            return super().forward(hidden_states, *args, **kwargs)
         names = self.tome_architecture
-        querying = hidden_states if call.queries is None else hidden_states[:, : call.queries]
-        query = self._split_heads(getattr(self, names.query)(querying))  # (batch, queries, heads, head_dim)
-        key = self._split_heads(getattr(self, names.key)(hidden_states))  # (batch, tokens, heads, head_dim)
-        value = self._split_heads(getattr(self, names.value)(hidden_states))  # (batch, tokens, heads, head_dim)
+        settings = call.tome.settings
+        query, key, value = self._project(hidden_states, call.queries)
+        metric = key
+        if names.positions is not None:
+            query, key = names.positions.rotate(call.tome, self, query, key, call.coordinates, kwargs)
         output, weights = attend(
             self,
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            call.sizes if call.settings.proportional_attention else None,
+            call.sizes if settings.proportional_attention else None,
             scaling=getattr(self, names.scaling),
             dropout=getattr(self, names.dropout) if self.training else 0.0,
-            bias=call.bias if call.settings.proportional_attention else None,
+            bias=call.bias if settings.proportional_attention else None,
             **kwargs,
         )
         output = output.reshape(*output.shape[:2], -1)
+        if names.output is not None:
+            output = getattr(self, names.output)(output)
         plan = None
         if call.rows is not None:
-            plan = fused_plan(key, call.r, call.settings.protected)
+            plan = fused_plan(metric, call.r, settings.protected)
             if plan is None:
-                metric = key.detach().mean(dim=2)  # (batch, tokens, head_dim)
-                plan = match_tokens(metric, call.r, call.settings.protected, call.rows)
-        return getattr(self, names.output)(output), weights, plan
+                mean = metric.detach().mean(dim=2)  # (batch, tokens, head_dim)
+                plan = match_tokens(mean, call.r, settings.protected, call.rows)
+        return output, weights, plan
 
-    def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
-        """`(batch, tokens, heads * head_dim)` as `(batch, tokens, heads, head_dim)`."""
-        return projected.view(*projected.shape[:-1], -1, self.head_dim)
+    def _project(self, hidden_states: torch.Tensor, queries: int | None) -> list[torch.Tensor]:
+        """Query, key and value: `(batch, queries, heads, head_dim)` and twice `(batch, tokens, heads, head_dim)`."""
+        names = self.tome_architecture
+        head_dim = getattr(self, names.head_dim)
+        querying = hidden_states if queries is None else hidden_states[:, :queries]
+        projected = [
+            getattr(self, names.query)(querying),
+            getattr(self, names.key)(hidden_states),
+            getattr(self, names.value)(hidden_states),
+        ]
+        return [part.view(*part.shape[:-1], -1, head_dim) for part in projected]
+
+
+class MergingRotary(Merging):
+    """Mixin for the module that computes rotary positions for all layers: tells the call where its patches are."""
+
+    inv_freq: torch.Tensor
+
+    def forward(self, inputs: torch.Tensor, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tome = running_call()
+        if tome is None or not any(tome.settings.schedule):
+            return super().forward(inputs, *args)
+        positions = cast(AxialRotary, self.tome_architecture.positions)
+        # Of the inputs only shape, device and dtype matter. Half precision would leave too little of the coordinates.
+        cos, sin = super().forward(torch.empty_like(inputs, dtype=torch.float32), *args)  # (patches, head_dim)
+        tome.rotation = positions.read(cos, sin, self.inv_freq)
+        dtype = inputs.dtype if positions.follows_inputs else cos.dtype
+        return cos.to(dtype), sin.to(dtype)
 
 
 def merging_class(stock_class: type[nn.Module], mixin: type[Merging]) -> type[Merging]:
@@ -205,10 +236,9 @@ def merging_class(stock_class: type[nn.Module], mixin: type[Merging]) -> type[Me
     return runtime_subclass(mixin, stock_class)
 
 
-def _scaled_and_dropped(layer: nn.Module, scale: str | None, drop: str | None, branch: torch.Tensor) -> torch.Tensor:
-    """What a layer does to a branch before it joins the residual stream: layer scale, then dropout or drop path."""
-    if scale is not None:
-        branch = getattr(layer, scale)(branch)
-    if drop is not None:
-        branch = getattr(layer, drop)(branch)
-    return branch
+def _through(layer: nn.Module, names: tuple[str, ...], hidden_states: torch.Tensor) -> torch.Tensor:
+    """What parts of a layer make of hidden states one after the other; a parameter among them is a layer scale."""
+    for name in names:
+        part = find_part(layer, name)
+        hidden_states = part(hidden_states) if callable(part) else part * hidden_states
+    return hidden_states

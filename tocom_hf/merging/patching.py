@@ -1,8 +1,8 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """Token merging inside transformers models: `apply_tome` patches one in place, `remove_tome` undoes it.
 
-Nothing that a forward call computes is kept on the model. A pre-hook on the backbone hands every
-call its own `TokenState` as the keyword argument `tome`; the layers, whose classes are replaced by subclasses, read it.
+Nothing that a forward call computes is kept on the model. Hooks of the backbone begin and end every call, which has its
+own `TokenState`; the layers, whose classes are replaced by subclasses, read it.
 """
 
 import contextlib
@@ -14,18 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tocom_hf.errors import ArgumentError, DegreeError, UnsupportedInputError, UnsupportedModelError
-from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.architectures import Backbone, find_backbone, find_part
 from tocom_hf.merging.inner_layers import RestoreHook, recording_modules, refuse_hooked_layers
 from tocom_hf.merging.inputs import ascending_noise
-from tocom_hf.merging.layers import (
-    MergeSettings,
-    Merging,
-    MergingAttention,
-    MergingLayer,
-    TokenState,
-    merging_class,
-)
+from tocom_hf.merging.layers import Merging, MergingAttention, MergingLayer, MergingRotary, merging_class
+from tocom_hf.merging.positions import AxialRotary, require_low_frequency
 from tocom_hf.merging.schedule import Schedule, resolve_schedule
+from tocom_hf.merging.state import MergeSettings, begin_call, end_call
 
 
 def apply_tome(
@@ -185,15 +180,15 @@ def unset_merging(backbone: Backbone) -> None:
         del hooks[key]
         del backbone.module._forward_pre_hooks_with_kwargs[key]
     for module in recording_modules(backbone):
-        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, RestoreHook)]:
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, RestoreHook | EndHook)]:
             del module._forward_hooks[key]
-            del module._forward_hooks_with_kwargs[key]
-    for module in backbone.layers.modules():
-        if isinstance(module, MergingLayer):
-            del module.tome_index
-        if isinstance(module, Merging):
-            del module.tome_architecture
-            module.__class__ = module.stock_class  # type: ignore[assignment]
+            module._forward_hooks_always_called.pop(key, None)
+    for part in [*backbone.layers.modules(), _rotary_module(backbone)]:
+        if isinstance(part, MergingLayer):
+            del part.tome_index
+        if isinstance(part, Merging):
+            del part.tome_architecture
+            part.__class__ = part.stock_class  # type: ignore[assignment]
 
 
 def get_settings(backbone: Backbone) -> MergeSettings | None:
@@ -227,7 +222,7 @@ def merging_at(backbone: Backbone, r: Schedule) -> Iterator[None]:
 
 
 class MergeHook:
-    """Forward pre-hook that gives every call of a backbone its own `TokenState`.
+    """Forward pre-hook that begins a call of a backbone, with a `TokenState` of its own; `EndHook` ends it.
 
     Args:
         settings: How to merge.
@@ -239,6 +234,7 @@ class MergeHook:
         self.settings = settings
         self.bound = bound
         self.shuffles_patches = backbone.architecture.shuffles_patches
+        self.passes_kwargs = backbone.architecture.passes_kwargs
         self.layers_path = backbone.architecture.layers
         # the position of the mask among the arguments of the backbone's forward
         names = list(inspect.signature(type(backbone.module).forward).parameters)[1:]
@@ -256,12 +252,27 @@ class MergeHook:
             kwargs = {**kwargs, "noise": ascending_noise(pixel_values, module.config)}
         if self.settings.restore and any(self.settings.schedule):
             refuse_hooked_layers(cast(nn.ModuleList, module.get_submodule(self.layers_path)))
-        return args, {**kwargs, "tome": TokenState(self.settings)}
+        tome = begin_call(module, self.settings)
+        # layers that are wrapped to be recomputed, as FSDP does, must be given the state by the model
+        return args, {**kwargs, "tome": tome} if self.passes_kwargs else kwargs
 
     def _is_masked(self, args: tuple, kwargs: dict) -> bool:
         if self.mask_index is not None and len(args) > self.mask_index:
             return args[self.mask_index] is not None
         return kwargs.get("attention_mask") is not None
+
+
+class EndHook:
+    """Forward hook that ends what `MergeHook` began, after an error too."""
+
+    def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
+        tome = end_call(module)
+        # after an error there is no output, and the error says enough
+        if output is not None and tome is not None and not tome.reached:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} ran without its layers receiving what token merging tells them, so no token "
+                "merged. This happens where a model runs its layers in other threads, or leaves all of them out."
+            )
 
 
 def _default_settings(backbone: Backbone) -> MergeSettings:
@@ -278,21 +289,39 @@ def _given_or(value: bool | None, default: bool) -> bool:
 def _patch(backbone: Backbone, hook: MergeHook) -> None:
     """Give layers and attention blocks their merging classes, and the backbone the hook that they need."""
     _refuse_wrapped_forwards(backbone)
+    architecture = backbone.architecture
     layers = list(backbone.layers)
-    attentions = [getattr(layer, backbone.architecture.attention) for layer in layers]
+    attentions = [find_part(layer, architecture.attention) for layer in layers]
+    rotary = _rotary_module(backbone)
+    if rotary is not None:
+        require_low_frequency(rotary, cast(AxialRotary, architecture.positions))
     # name every class before the first is replaced, so that a failure leaves the model as it was
     layer_classes = [merging_class(type(layer), MergingLayer) for layer in layers]
     attention_classes = [merging_class(type(attention), MergingAttention) for attention in attentions]
+    rotary_class = None if rotary is None else merging_class(type(rotary), MergingRotary)
     for index, layer in enumerate(layers):
         layer.__class__ = layer_classes[index]
         layer.tome_index = index  # type: ignore[assignment]
-        layer.tome_architecture = backbone.architecture  # type: ignore[assignment]
+        layer.tome_architecture = architecture  # type: ignore[assignment]
     for index, attention in enumerate(attentions):
         attention.__class__ = attention_classes[index]
-        attention.tome_architecture = backbone.architecture
+        attention.tome_architecture = architecture
+    if rotary is not None:
+        rotary.__class__ = cast(type, rotary_class)
+        rotary.tome_architecture = architecture  # type: ignore[assignment]
     backbone.module.register_forward_pre_hook(hook, with_kwargs=True)
     for module in recording_modules(backbone):
-        module.register_forward_hook(RestoreHook(len(layers)), with_kwargs=True)
+        module.register_forward_hook(RestoreHook(len(layers)))
+    # the last one: what is restored is read from the call that runs
+    backbone.module.register_forward_hook(EndHook(), always_call=True)
+
+
+def _rotary_module(backbone: Backbone) -> nn.Module | None:
+    """The module of a backbone that computes the positions of all layers, if it has one."""
+    positions = backbone.architecture.positions
+    if positions is None or positions.module is None:
+        return None
+    return backbone.module.get_submodule(positions.module)
 
 
 def _refuse_wrapped_forwards(backbone: Backbone) -> None:

@@ -4,6 +4,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from tocom_hf.errors import UnsupportedModelError
 from tocom_hf.merging.architectures import Backbone, find_backbone
 from tocom_hf.merging.patching import get_settings
+from tocom_hf.merging.state import TokenState, running_call
 from tocom_hf.merging.tokens import output_positions
 
 
@@ -76,18 +78,20 @@ def traced(backbone: Backbone) -> Iterator[TokenTrace]:
     def before(layer: nn.Module, args: tuple) -> None:
         entering[:] = [args[0]]
 
-    def after(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    def after(module: nn.Module, args: tuple, output: object) -> None:
+        plans = cast(TokenState, running_call()).plans
         batch, tokens, _ = entering[0].shape
         positions = torch.arange(tokens, device=entering[0].device).expand(batch, -1)  # (batch, tokens)
         trace.positions = []
         for index in range(len(backbone.layers)):
-            plan = kwargs["tome"].plans.get(index)
+            plan = plans.get(index)
             if plan is not None:
                 positions = output_positions(plan).gather(1, positions)
             trace.positions.append(positions)
 
     first = backbone.layers[0].register_forward_pre_hook(before)
-    last = backbone.module.register_forward_hook(after, with_kwargs=True)
+    # in front of the hook that ends the call
+    last = backbone.module.register_forward_hook(after, prepend=True)
     try:
         yield trace
     finally:
