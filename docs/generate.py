@@ -536,7 +536,16 @@ API = {
     "models": (
         "Models",
         "For those who run a checkpoint at another degree than it was trained at, or merge tokens alone.",
-        ["TocomModel", "load_lora", "apply_tome", "remove_tome", "trace_tokens"],
+        [
+            "TocomModel",
+            "load_lora",
+            "apply_tome",
+            "remove_tome",
+            "trace_tokens",
+            "MergeRecipe",
+            "find_recipe",
+            "FoundRecipe",
+        ],
     ),
     "plugins": (
         "Plugin sets",

@@ -42,12 +42,14 @@ if TYPE_CHECKING:
     from tocom_hf.evaluation.degrees import DegreeResult, evaluate_degrees
     from tocom_hf.exporting.export import export
     from tocom_hf.merging.patching import apply_tome, remove_tome
+    from tocom_hf.merging.recipes import MergeRecipe
     from tocom_hf.merging.tracing import trace_tokens
     from tocom_hf.model.lora import load_lora
     from tocom_hf.model.tocom_model import TocomModel
     from tocom_hf.plugins.plugin_set import PluginSet, save_composite
     from tocom_hf.scales.choice import pick_scale
     from tocom_hf.scales.fitting import fit_scales
+    from tocom_hf.search.find_recipe import FoundRecipe, find_recipe
     from tocom_hf.visualization import paint_groups, tile
 
 
@@ -67,7 +69,9 @@ __all__ = [
     "DistillationError",
     "DistillationInterrupted",
     "ExportedTocom",
+    "FoundRecipe",
     "HubError",
+    "MergeRecipe",
     "MissingExtraError",
     "PluginFileError",
     "PluginSet",
@@ -83,6 +87,7 @@ __all__ = [
     "distill",
     "evaluate_degrees",
     "export",
+    "find_recipe",
     "fit_scales",
     "load_images",
     "load_lora",
@@ -103,6 +108,8 @@ _MODULES = {
     "DegreeResult": "evaluation.degrees",
     "DistillationArguments": "distillation.arguments",
     "ExportedTocom": "deployed.exported",
+    "FoundRecipe": "search.find_recipe",
+    "MergeRecipe": "merging.recipes",
     "PluginSet": "plugins.plugin_set",
     "TocomModel": "model.tocom_model",
     "apply_tome": "merging.patching",
@@ -111,6 +118,7 @@ _MODULES = {
     "distill": "distillation.distill",
     "evaluate_degrees": "evaluation.degrees",
     "export": "exporting.export",
+    "find_recipe": "search.find_recipe",
     "fit_scales": "scales.fitting",
     "load_images": "data.images",
     "load_lora": "model.lora",

@@ -15,6 +15,7 @@ from tocom_hf import (
     BackboneMismatchError,
     DatasetError,
     DegreeError,
+    MergeRecipe,
     PluginSet,
     TocomError,
     TocomModel,
@@ -70,6 +71,30 @@ def test_a_set_remembers_whether_attention_was_proportional(pixel_values):
     expected = apply_tome(make_model(), 4, proportional_attention=False)(pixel_values).logits
     torch.testing.assert_close(tocom(pixel_values).logits, expected)
     assert not torch.allclose(apply_tome(make_model(), 4)(pixel_values).logits, expected, atol=1e-4)
+
+
+def test_a_set_remembers_the_recipe_that_it_was_distilled_with(pixel_values, tmp_path):
+    recipe = MergeRecipe(match_by="values", schedules={4: [6, 5, 3, 2]})
+    recipe.save(tmp_path / "recipe.json")
+    arguments = DistillationArguments(**ARGUMENTS, merge_recipe=str(tmp_path / "recipe.json"))
+    plugins = distill(make_model(), Noise(), arguments)
+    assert plugins.config.recipe == recipe
+    assert plugins.config.training["merge_recipe"] == recipe.to_dict()
+    tocom = TocomModel.from_pretrained(make_model(), plugins=plugins, source_r=0, target_r=4, scale=0.0)
+    expected = apply_tome(make_model(), 4, recipe=recipe)(pixel_values).logits
+    torch.testing.assert_close(tocom(pixel_values).logits, expected)
+    with pytest.raises(ArgumentError, match="another merging recipe than the set's"):
+        distill(make_model(), Noise(), DistillationArguments(**ARGUMENTS), init_plugins=plugins)
+
+
+def test_a_step_merges_by_the_recipe(pixel_values):
+    """The teacher at its degree and the student at its own, both by the recipe."""
+    recipe = MergeRecipe(match_by="input", size_penalty=0.1)
+    chain = trained_chain(make_model())
+    distiller = SelfDistiller(find_backbone(make_model()), chain, OBJECTIVES["logits"], recipe=recipe)
+    found = distiller.run(pixel_values, 2, 2)
+    expected = apply_tome(make_model(), 2, recipe=recipe)(pixel_values).logits
+    torch.testing.assert_close(found.softmax(-1), expected.softmax(-1))
 
 
 def test_a_fresh_chain_changes_nothing(pixel_values):

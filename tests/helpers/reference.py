@@ -6,15 +6,19 @@ import math
 import torch
 
 
-def match(metric, r, protected):
+def match(metric, r, protected, sizes=None, penalty=0.0):
     """ToMe, section 3: `[(a, b), ...]` for one image, the r most similar A tokens with their best B token.
 
-    `metric` is a list of float lists; positions are those of the sequence.
+    `metric` is a list of float lists; positions are those of the sequence. The logarithm of the size that two tokens
+    have together takes `penalty` times off their similarity.
     """
 
     def cosine(x, y):
         dot = math.fsum(p * q for p, q in zip(x, y, strict=True))
         return dot / math.sqrt(math.fsum(p * p for p in x) * math.fsum(q * q for q in y))
+
+    def similarity(a, b):
+        return cosine(metric[a], metric[b]) - (penalty * math.log(sizes[a] + sizes[b]) if penalty else 0.0)
 
     if r <= 0:
         return []
@@ -22,8 +26,8 @@ def match(metric, r, protected):
     odds = [i for i in range(1, len(metric), 2) if i >= protected]
     edges = []
     for a in evens:
-        best = max(odds, key=lambda b: cosine(metric[a], metric[b]))
-        edges.append((cosine(metric[a], metric[best]), a, best))
+        best = max(odds, key=lambda b: similarity(a, b))
+        edges.append((similarity(a, best), a, best))
     edges.sort(key=lambda edge: -edge[0])
     return [(a, b) for _, a, b in edges[:r]]
 
@@ -55,6 +59,14 @@ def merge_groups(groups, edges, protected):
     return [[p for j in members for p in groups[j]] for members in joined(len(groups), edges, protected)]
 
 
+def metric_of(match_by, normed, key, value):
+    """What tokens are compared by, a list of float lists: `normed` is `(tokens, hidden)`, the others have heads."""
+    keys, values = key.flatten(1), value.flatten(1)
+    both = torch.cat([keys / keys.norm(dim=1, keepdim=True), values / values.norm(dim=1, keepdim=True)], dim=1)
+    choices = {"key_mean": key.mean(1), "keys": keys, "values": values, "keys_values": both, "input": normed}
+    return choices[match_by].tolist()
+
+
 VIT = ("layernorm_before", "attention", None, "layernorm_after", None, "o_proj")
 
 
@@ -77,11 +89,14 @@ def rotate(heads, groups, angles_of):
     return torch.stack(turned)
 
 
-def hidden_states(layers, images, schedule, protected, names=VIT, proportional=True, angles_of=None):
+def hidden_states(
+    layers, images, schedule, protected, names=VIT, proportional=True, angles_of=None, match_by="key_mean", penalty=0.0
+):
     """Token states after the last layer of a pre-norm transformer in float64, image by image, not restored.
 
     `images` are the tokens that enter the first layer. `names` are those of a layer's parts: norm, attention, layer
-    scale, norm, layer scale, and the attention's output projection. `angles_of` is that of `rotate`.
+    scale, norm, layer scale, and the attention's output projection. `angles_of` is that of
+    `rotate`, `match_by` that of `metric_of`, `penalty` that of `match`.
 
     Returns the states, and for every image the groups of input positions that each output token stands for.
     """
@@ -95,10 +110,11 @@ def hidden_states(layers, images, schedule, protected, names=VIT, proportional=T
             normed = getattr(layer, norm1)(tokens)
             projections = attention.q_proj, attention.k_proj, attention.v_proj
             query, key, value = (projection(normed).view(len(tokens), -1, dim) for projection in projections)
-            edges = match(key.mean(1).tolist(), min(r, (len(tokens) - protected) // 2), protected)
+            sizes = [len(group) for group in groups]
+            metric = metric_of(match_by, normed, key, value)
+            edges = match(metric, min(r, (len(tokens) - protected) // 2), protected, sizes, penalty)
             if angles_of is not None:
                 query, key = rotate(query, groups, angles_of), rotate(key, groups, angles_of)
-            sizes = [len(group) for group in groups]
             mixed = []
             for head in range(key.shape[1]):
                 logits = query[:, head] @ key[:, head].T / math.sqrt(dim)

@@ -20,6 +20,8 @@ from transformers import AutoModel
 from transformers.utils import logging
 
 from tocom_hf import PluginFileError, PluginSet, TocomModel
+from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.patching import get_settings
 from tocom_hf.plugins.config import BackboneFacts, PluginSetConfig
 
 
@@ -39,6 +41,7 @@ PAGES = [
 PYTHON_PAGES = [
     "index",
     "usage",
+    "recipes",
     "scales",
     "cost",
     "distillation",
@@ -296,6 +299,10 @@ def test_usage_runs(clone):
     torch.testing.assert_close(found["exact"], expected)
     assert found["chain"].rank == 4 * found["plugins"].config.rank
     assert (clone / "composite" / "adapter_model.safetensors").exists()
+
+
+def test_recipes_run(clone):
+    assert get_settings(find_backbone(run("recipes")["model"])).recipe.match_by == "input"
 
 
 def test_scales_run(clone):

@@ -3,7 +3,7 @@
 
 import contextlib
 import inspect
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,7 +14,8 @@ from tocom_hf.errors import ArgumentError
 from tocom_hf.merging.architectures import Backbone, find_backbone
 from tocom_hf.merging.inputs import as_pair, model_inputs
 from tocom_hf.merging.patching import get_settings, merging_at
-from tocom_hf.merging.schedule import require_degree, tokens_per_layer
+from tocom_hf.merging.schedule import Schedule, require_degree, tokens_per_layer
+from tocom_hf.merging.state import MergeSettings
 
 
 def count_flops(model: PreTrainedModel, r: int, image_size: int | tuple[int, int] | None = None) -> int:
@@ -106,7 +107,7 @@ class Example(NamedTuple):
         self.module(**model_inputs(self.module, self.backbone, self.batch))
 
     @torch.no_grad()
-    def count_at(self, degree: int) -> DegreeCount:
+    def count_at(self, degree: Schedule) -> DegreeCount:
         """Run the first image at a degree, and count."""
         backbone = self.backbone
         model = backbone.model
@@ -123,9 +124,9 @@ class Example(NamedTuple):
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             counter = stack.enter_context(FlopCounterMode(display=False))
             self._replace(batch=self.batch[:1]).run()
-        tokens = tokens_per_layer(degree, len(backbone.layers), entering[0], backbone.protected)
-        settings = get_settings(backbone)
-        if settings is not None and settings.class_tokens_only:
+            settings = cast(MergeSettings, get_settings(backbone))
+        tokens = tokens_per_layer(list(settings.schedule), len(backbone.layers), entering[0], backbone.protected)
+        if settings.class_tokens_only:
             tokens[-1] = backbone.protected
         return DegreeCount((entering[0], *tokens), counter.get_total_flops())
 

@@ -22,6 +22,7 @@ from tocom_hf.distillation.checks import (
 from tocom_hf.distillation.degrees import find_sampler
 from tocom_hf.distillation.objectives import OBJECTIVES
 from tocom_hf.errors import ArgumentError, DegreeError
+from tocom_hf.merging.recipes import TOME_RECIPE, MergeRecipe, read_recipe
 from tocom_hf.merging.schedule import require_degree
 from tocom_hf.plugins.composition import require_scale
 
@@ -57,6 +58,9 @@ class DistillationArguments:
     lora_dropout: ShareBelowOne = _argument(0.1, "Dropout probability between the two factors of a plugin.")
     objective: str = _argument("auto", f"What teacher and student are compared by: auto, {', '.join(OBJECTIVES)}.")
     proportional_attention: bool = _argument(True, "Add the log of token sizes to attention logits, as ToMe does.")
+    merge_recipe: str | None = _argument(
+        None, "JSON file of `tocom find-recipe`: what tokens are matched by, and schedules; default: ToMe's rule."
+    )
     source_r: int | None = _argument(None, "Degree of every teacher, for weights trained at it; default: any.")
     degree_sampler: str = _argument("uniform", "How degrees are drawn: uniform, adjacent or antithetic.")
 
@@ -103,6 +107,8 @@ class DistillationArguments:
         if self.source_r is not None and require_degree(self.source_r, "source_r") > self.max_r:
             raise DegreeError(f"source_r={self.source_r} is above max_r={self.max_r}.")
         require_checks(self)
+        given = self.merge_recipe
+        self._merge_recipe = TOME_RECIPE if given is None else read_recipe(given)
         find_sampler(self.degree_sampler, self.source_r)
         if self.objective not in ("auto", *OBJECTIVES):
             raise ArgumentError(f"objective must be one of auto, {', '.join(OBJECTIVES)}, got {self.objective!r}.")
@@ -118,6 +124,19 @@ class DistillationArguments:
                 raise DegreeError(f"eval_degrees has {degree}, which is above max_r={self.max_r}.")
 
     @property
+    def merging_recipe(self) -> MergeRecipe:
+        """How tokens merge, as in `apply_tome`."""
+        return self._merge_recipe
+
+    @property
+    def merging(self) -> dict[str, Any]:
+        """Settings of token merging, as a plugin set records them."""
+        settings: dict[str, Any] = {"proportional_attention": self.proportional_attention}
+        if self.merge_recipe is not None:
+            settings["recipe"] = self._merge_recipe.to_dict()
+        return settings
+
+    @property
     def augmentation(self) -> Augmentation:
         """What is done to batches of images on the accelerator."""
         names = ("randaugment_num_ops", "randaugment_magnitude", "random_erasing", "mixup", "cutmix")
@@ -126,7 +145,11 @@ class DistillationArguments:
     def recipe(self) -> dict[str, Any]:
         """The arguments that decide the result: not those that only say where it is written or how often, nor how a
         global batch is spread over processes and forward passes."""
-        return {name: value for name, value in asdict(self).items() if name not in _NO_RECIPE}
+        recipe = {name: value for name, value in asdict(self).items() if name not in _NO_RECIPE}
+        del recipe["merge_recipe"]
+        if self.merge_recipe is not None:
+            recipe["merge_recipe"] = self._merge_recipe.to_dict()  # of a file, what it holds
+        return recipe
 
     def degrees(self) -> list[int]:
         """The student's degrees in the agreement grid."""

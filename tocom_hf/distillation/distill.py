@@ -125,7 +125,9 @@ def distill(
     with _prepared(backbone, args, target_modules) as plugin_chain:
         if start is not None:
             plugin_chain.start_from(start)
-        distiller = SelfDistiller(backbone, plugin_chain, objective, accelerator, args.proportional_attention)
+        distiller = SelfDistiller(
+            backbone, plugin_chain, objective, accelerator, args.proportional_attention, args.merging_recipe
+        )
         training = Training(distiller, dataset, args, accelerator, global_batch, steps, run_facts, eval_dataset)
         figures = training.run(resume)
     num_images = None if is_stream(dataset) else len(dataset)
@@ -139,7 +141,7 @@ def distill(
         target_modules=target_modules,
         trained_scale=args.scale,
         recommended_scale=args.scale,
-        merging={"proportional_attention": args.proportional_attention},
+        merging=args.merging,
         training={
             **args.recipe(),
             "objective": objective.name,
@@ -275,7 +277,12 @@ def _starting_plugins(
             f"Cannot start from {plugins} with target_modules={_names(target_modules)}: it applies to "
             f"{_names(config.target_modules)}."
         )
-    if config.merging.get("proportional_attention", True) != args.proportional_attention:
+    if config.recipe != args.merging_recipe:
+        raise ArgumentError(
+            f"Cannot start from {plugins} with another merging recipe than the set's. Write the set's to a file, "
+            "plugins.config.recipe.save(path), and pass it as merge_recipe."
+        )
+    if config.proportional_attention != args.proportional_attention:
         raise ArgumentError(
             f"Cannot start from {plugins} with proportional_attention={args.proportional_attention}: it was distilled "
             f"with {not args.proportional_attention}."

@@ -11,6 +11,7 @@ from tocom_hf.distillation.branches import PluginChain
 from tocom_hf.distillation.objectives import Objective
 from tocom_hf.merging.architectures import Backbone, find_backbone
 from tocom_hf.merging.patching import set_merging
+from tocom_hf.merging.recipes import MergeRecipe
 
 
 class SelfDistiller:
@@ -21,7 +22,7 @@ class SelfDistiller:
         plugins: The chain to train.
         objective: What to compare.
         accelerator: Shards the frozen weights, where it is set up to.
-        proportional_attention: As in `apply_tome`.
+        proportional_attention, recipe: As in `apply_tome`.
     """
 
     def __init__(
@@ -31,11 +32,12 @@ class SelfDistiller:
         objective: Objective,
         accelerator: Accelerator | None = None,
         proportional_attention: bool = True,
+        recipe: MergeRecipe | None = None,
     ):
         self.plugins = plugins
         self.objective = objective
         self.proportional_attention = proportional_attention
-        set_merging(backbone, 0, class_tokens_only=_reads_class_tokens_only(backbone))
+        set_merging(backbone, 0, class_tokens_only=_reads_class_tokens_only(backbone), recipe=recipe)
         # what is sharded must be what is called
         model = objective.part(backbone)
         if accelerator is not None:

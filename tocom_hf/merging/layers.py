@@ -15,6 +15,7 @@ from tocom_hf.merging.architectures import Architecture, find_part
 from tocom_hf.merging.attention import attend
 from tocom_hf.merging.kernels import fused_merge, fused_plan
 from tocom_hf.merging.positions import AxialRotary, Positions
+from tocom_hf.merging.recipes import matching_metric
 from tocom_hf.merging.schedule import clamp_r
 from tocom_hf.merging.state import TokenState, running_call
 from tocom_hf.merging.subclassing import RuntimeSubclass, runtime_subclass
@@ -167,7 +168,7 @@ class MergingAttention(Merging):
         names = self.tome_architecture
         settings = call.tome.settings
         query, key, value = self._project(hidden_states, call.queries)
-        metric = key
+        unrotated = key
         if names.positions is not None:
             query, key = names.positions.rotate(call.tome, self, query, key, call.coordinates, kwargs)
         output, weights = attend(
@@ -184,13 +185,23 @@ class MergingAttention(Merging):
         output = output.reshape(*output.shape[:2], -1)
         if names.output is not None:
             output = getattr(self, names.output)(output)
-        plan = None
-        if call.rows is not None:
-            plan = fused_plan(metric, call.r, settings.protected)
-            if plan is None:
-                mean = metric.detach().mean(dim=2)  # (batch, tokens, head_dim)
-                plan = match_tokens(mean, call.r, settings.protected, call.rows)
+        plan = None if call.rows is None else self._plan(call, hidden_states, unrotated, value)
         return output, weights, plan
+
+    def _plan(
+        self, call: AttentionCall, hidden_states: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> MergePlan:
+        """Which tokens merge. Takes what `matching_metric` takes."""
+        settings = call.tome.settings
+        recipe = settings.recipe
+        if recipe.match_by == "key_mean" and recipe.size_penalty == 0:
+            plan = fused_plan(key, call.r, settings.protected)
+            if plan is not None:
+                return plan
+        metric = matching_metric(recipe.match_by, hidden_states, key, value)  # (batch, tokens, channels)
+        return match_tokens(
+            metric, call.r, settings.protected, call.rows, sizes=call.sizes, size_penalty=recipe.size_penalty
+        )
 
     def _project(self, hidden_states: torch.Tensor, queries: int | None) -> list[torch.Tensor]:
         """Query, key and value: `(batch, queries, heads, head_dim)` and twice `(batch, tokens, heads, head_dim)`."""

@@ -19,7 +19,8 @@ from tocom_hf.merging.inner_layers import RestoreHook, recording_modules, refuse
 from tocom_hf.merging.inputs import ascending_noise
 from tocom_hf.merging.layers import Merging, MergingAttention, MergingLayer, MergingRotary, merging_class
 from tocom_hf.merging.positions import AxialRotary, require_low_frequency
-from tocom_hf.merging.schedule import Schedule, resolve_schedule
+from tocom_hf.merging.recipes import MergeRecipe
+from tocom_hf.merging.schedule import Schedule
 from tocom_hf.merging.state import MergeSettings, begin_call, end_call
 
 
@@ -30,6 +31,7 @@ def apply_tome(
     proportional_attention: bool | None = None,
     restore: bool | None = None,
     class_tokens_only: bool | None = None,
+    recipe: MergeRecipe | None = None,
     backbone: str | None = None,
 ) -> PreTrainedModel:
     """Make a transformers model merge tokens in every layer (ToMe, arXiv 2210.09461). Weights are not touched.
@@ -52,6 +54,8 @@ def apply_tome(
             nothing for the others but their keys and values: the same logits, at most a twelfth cheaper for twelve
             layers. `last_hidden_state` holds these tokens only. Off by default; a model that merges already keeps what
             it has.
+        recipe: What tokens are matched by, and how many merge in which layer at a degree. ToMe's rule by default; a
+            model that merges already keeps what it has.
         backbone: Which part merges, for models with several that could (`vision_tower`): its path in the model, or a
             part of the path that only one of them has. The others are left alone.
 
@@ -62,7 +66,8 @@ def apply_tome(
         UnsupportedModelError: if the architecture is not supported.
         DegreeError: if `r` is not a degree, or another one than that of a `TocomModel`, whose weights belong to it.
         ArgumentError: if `class_tokens_only` contradicts `restore`, or the family has no class token; if several parts
-            could merge and `backbone` does not name one.
+            could merge and `backbone` does not name one; if the recipe was made for a model with another number of
+            layers.
 
     Example:
 
@@ -79,17 +84,21 @@ def apply_tome(
     found = find_backbone(model, backbone)
     hook = _find_hook(found)
     bound = hook is not None and hook.bound
-    if hook is not None and bound and resolve_schedule(r, len(found.layers)) != hook.settings.schedule:
-        raise DegreeError(
-            "The model is a TocomModel, which changes its weights with its degree: call model.set_target_r(...) "
-            "instead of apply_tome. For merging without compensation load the checkpoint with its transformers class."
-        )
+    if hook is not None and bound:
+        known = hook.settings
+        if recipe not in (None, known.recipe) or known.recipe.schedule(r, len(found.layers)) != known.schedule:
+            raise DegreeError(
+                "The model is a TocomModel, which changes its weights with its degree: call model.set_target_r(...) "
+                "instead of apply_tome. For merging without compensation load the checkpoint with its transformers "
+                "class."
+            )
     set_merging(
         found,
         r,
         proportional_attention=proportional_attention,
         restore=restore,
         class_tokens_only=class_tokens_only,
+        recipe=recipe,
         bound=bound,
     )
     return model
@@ -102,23 +111,26 @@ def set_merging(
     proportional_attention: bool | None = None,
     restore: bool | None = None,
     class_tokens_only: bool | None = None,
+    recipe: MergeRecipe | None = None,
     bound: bool = False,
 ) -> None:
     """What `apply_tome` does, for those who answer for the weights.
 
     Args:
         backbone: Of the model to patch.
-        r, proportional_attention, restore, class_tokens_only: As in `apply_tome`.
+        r, proportional_attention, restore, class_tokens_only, recipe: As in `apply_tome`.
         bound: Whether the weights belong to this degree, so that `apply_tome` shall not change it.
     """
     hook = _find_hook(backbone)
     known = _default_settings(backbone) if hook is None else hook.settings
+    recipe = known.recipe if recipe is None else recipe
     settings = MergeSettings(
-        schedule=resolve_schedule(r, len(backbone.layers)),
+        schedule=recipe.schedule(r, len(backbone.layers)),
         protected=backbone.protected,
         proportional_attention=_given_or(proportional_attention, known.proportional_attention),
         restore=_given_or(restore, known.restore),
         class_tokens_only=_given_or(class_tokens_only, known.class_tokens_only),
+        recipe=recipe,
     )
     if settings.class_tokens_only and (settings.restore or backbone.protected == 0):
         raise ArgumentError(
@@ -198,23 +210,23 @@ def get_settings(backbone: Backbone) -> MergeSettings | None:
 
 
 @contextlib.contextmanager
-def merging_at(backbone: Backbone, r: Schedule) -> Iterator[None]:
+def merging_at(backbone: Backbone, r: Schedule, *, recipe: MergeRecipe | None = None) -> Iterator[None]:
     """Merge at another degree within a `with` block, with the weights as they are; afterwards the model is as before.
 
     Args:
         backbone: Of a model that is patched or not.
-        r: As in `apply_tome`.
+        r, recipe: As in `apply_tome`.
     """
     hook = _find_hook(backbone)
     if hook is None:
-        set_merging(backbone, r)
+        set_merging(backbone, r, recipe=recipe)
         try:
             yield
         finally:
             unset_merging(backbone)
         return
     before = hook.settings
-    set_merging(backbone, r, bound=hook.bound)
+    set_merging(backbone, r, recipe=recipe, bound=hook.bound)
     try:
         yield
     finally:

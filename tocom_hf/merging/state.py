@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from tocom_hf.merging.recipes import TOME_RECIPE, MergeRecipe
 from tocom_hf.merging.tokens import MergePlan
 
 
@@ -24,6 +25,7 @@ class MergeSettings:
     proportional_attention: bool = True
     restore: bool = False
     class_tokens_only: bool = False
+    recipe: MergeRecipe = TOME_RECIPE
 
 
 class Rotation(NamedTuple):

@@ -32,18 +32,28 @@ class MergePlan(NamedTuple):
 
 
 @torch.no_grad()
-def match_tokens(metric: torch.Tensor, r: int, protected: int, rows: torch.Tensor | None = None) -> MergePlan:
+def match_tokens(
+    metric: torch.Tensor,
+    r: int,
+    protected: int,
+    rows: torch.Tensor | None = None,
+    *,
+    sizes: torch.Tensor | None = None,
+    size_penalty: float = 0.0,
+) -> MergePlan:
     """Bipartite soft matching (ToMe, section 3, steps 1 to 4).
 
     Every A token finds its most similar B token by cosine similarity; the `r` A tokens with the most similar partners
     are merged into them. Of equals the first one comes first, so that every device and runtime merges the same tokens.
 
     Args:
-        metric: Floating `(batch, tokens, channels)`, the keys averaged over heads. Half precision is compared in
-            float32, because rounding makes ties.
+        metric: Floating `(batch, tokens, channels)`; in ToMe the keys averaged over heads. Half precision is compared
+            in float32, because rounding makes ties.
         r: Number of tokens to merge, in `1..(tokens - protected) // 2`.
         protected: Number of tokens at the front that stay out of it.
         rows: The numbers from 0 up to at least `batch * tokens`, where the caller has them at hand.
+        sizes: Float32 `(batch, tokens)`, or `None` where every token still has size 1.
+        size_penalty: What the logarithm of the size of two tokens together takes off their similarity.
 
     Returns:
         The plan. Output order: protected tokens, the A tokens that stay in their old order, all B tokens.
@@ -61,6 +71,9 @@ def match_tokens(metric: torch.Tensor, r: int, protected: int, rows: torch.Tenso
     b_metric = metric[:, first_b::2]  # (batch, B, channels)
     with torch.autocast(metric.device.type, enabled=False):
         cosines = torch.bmm(a_metric, b_metric.transpose(1, 2))  # (batch, A, B)
+    if size_penalty != 0 and sizes is not None:
+        together = sizes[:, first_a::2].unsqueeze(2) + sizes[:, first_b::2].unsqueeze(1)  # (batch, A, B)
+        cosines = cosines - size_penalty * together.log()
     similarity, partner = cosines.max(dim=-1)  # (batch, A)
     order = _descending(similarity)  # (batch, A)
 

@@ -33,7 +33,7 @@ def equip(backbone: Backbone, state: TocomState, target_r: int, mixin: type) -> 
     settings = get_settings(backbone)
     recorded = model.config.__dict__.get("tocom")
     try:
-        set_merging(backbone, state.source_r)
+        set_merging(backbone, state.source_r, recipe=state.recipe)
         _own_config(model)
         model.__class__ = runtime_subclass(mixin, stock_class)
         equipped: Any = model
@@ -52,7 +52,7 @@ def equip(backbone: Backbone, state: TocomState, target_r: int, mixin: type) -> 
         if settings is None:
             unset_merging(backbone)
         else:
-            set_merging(backbone, list(settings.schedule))
+            set_merging(backbone, list(settings.schedule), recipe=settings.recipe)
         raise
     return equipped
 
@@ -65,7 +65,9 @@ def _equip_again(backbone: Backbone, model: Any, state: TocomState, target_r: in
         model._adopt(backbone, state)
         model._switch(target_r, state.scale)
     except BaseException:
-        model._adopt(backbone, TocomState(before.source_r, before.source_r, before.scale, before.plugins))
+        model._adopt(
+            backbone, TocomState(before.source_r, before.source_r, before.scale, before.plugins, before.recipe)
+        )
         model._switch(before.target_r, before.scale)
         raise
     return model

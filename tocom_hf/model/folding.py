@@ -10,6 +10,7 @@ from torch import nn
 
 from tocom_hf.errors import ComposedWeightsError, DegreeError, UnsupportedModelError
 from tocom_hf.merging.architectures import Backbone
+from tocom_hf.merging.recipes import TOME_RECIPE, MergeRecipe
 from tocom_hf.merging.schedule import require_degree
 from tocom_hf.plugins.composition import Composite
 from tocom_hf.plugins.plugin_set import PluginSet
@@ -26,6 +27,7 @@ class TocomState:
         plugins: The plugin set, or `None` for a model that only ever runs at its source degree.
         source_weights: The weights at `source_r` that plugins fold into, query and value by default, by layer path in
             the backbone; empty while the model runs at that degree.
+        recipe: How tokens merge.
         checksums: Of the composed weights as the last switch wrote them, by layer path; empty as `source_weights` is.
     """
 
@@ -33,6 +35,7 @@ class TocomState:
     target_r: int
     scale: float | None
     plugins: PluginSet | None
+    recipe: MergeRecipe = TOME_RECIPE
     source_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     checksums: dict[str, int | None] = field(default_factory=dict)
 

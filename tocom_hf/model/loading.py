@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from tocom_hf.errors import ArgumentError, DegreeError, PluginFileError, UnsupportedModelError
 from tocom_hf.merging.architectures import supported_types, unsupported
+from tocom_hf.merging.recipes import MergeRecipe, read_recipe
 from tocom_hf.merging.schedule import require_degree
 from tocom_hf.model.checkpoint import Checkpoint
 from tocom_hf.model.lora_files import LoraFiles
@@ -50,6 +51,7 @@ class Loaded(NamedTuple):
         model: The transformers model, a given one or a new one.
         source_r, target_r: The degrees.
         scale: The factor s asked for, or `None`.
+        recipe: How tokens merge.
         plugins: The plugin set, with what lies between the degrees read, or `None`.
         backbone: What the checkpoint records of the part that merges, where the model has several that could.
     """
@@ -58,6 +60,7 @@ class Loaded(NamedTuple):
     source_r: int
     target_r: int
     scale: float | None
+    recipe: MergeRecipe
     plugins: PluginSet | None
     backbone: str | None
 
@@ -103,6 +106,7 @@ def load(
     source_r: int | None,
     target_r: int | None,
     scale: float | None,
+    recipe: MergeRecipe | str | Path | None,
     arguments: dict[str, Any],
 ) -> Loaded:
     """Resolve the arguments of `TocomModel.from_pretrained` and load what they name.
@@ -110,14 +114,21 @@ def load(
     Folders are read in one state: where one is saved anew meanwhile, all is read again.
 
     Args:
-        model, adapter, plugins, source_r, target_r, scale: As in `TocomModel.from_pretrained`.
+        model, adapter, plugins, source_r, target_r, scale, recipe: As in `TocomModel.from_pretrained`.
         arguments: Its other keyword arguments.
     """
-    return retry_while_saved(lambda: _load(model, adapter, plugins, source_r, target_r, scale, arguments))
+    return retry_while_saved(lambda: _load(model, adapter, plugins, source_r, target_r, scale, recipe, arguments))
 
 
 def _load(
-    model: Any, adapter: Any, plugins: Any, source_r: Any, target_r: Any, scale: Any, arguments: dict[str, Any]
+    model: Any,
+    adapter: Any,
+    plugins: Any,
+    source_r: Any,
+    target_r: Any,
+    scale: Any,
+    recipe: Any,
+    arguments: dict[str, Any],
 ) -> Loaded:
     opened = lora = None
     if isinstance(model, PreTrainedModel):
@@ -154,11 +165,12 @@ def _load(
             f"Running at target_r={target_r} a checkpoint of source_r={source_r} needs plugins=... "
             "(a Hub id, a folder or a PluginSet). For merging without compensation use apply_tome(model, r)."
         )
+    recipe = _resolve_recipe(recipe, recorded, source_r, plugins)
     if opened is not None:
         model = opened.checkpoint.load(opened.model_class, opened.config, opened.arguments)
     if lora is not None:
         merge_lora(model, lora)
-    return Loaded(model, source_r, target_r, scale, plugins, recorded.get("backbone"))
+    return Loaded(model, source_r, target_r, scale, recipe, plugins, recorded.get("backbone"))
 
 
 def _class_with_head(model_class: Any, config: PreTrainedConfig, adapter: LoraFiles) -> Any:
@@ -191,6 +203,35 @@ def _resolve_source_r(source_r: int | None, recorded: dict) -> int:
             )
         return source_r
     return require_degree(known, "source_r in the configuration")
+
+
+def _resolve_recipe(given: Any, recorded: dict, source_r: int, plugins: PluginSet | None) -> MergeRecipe:
+    """How tokens merge, which all who know must agree on: the caller, the checkpoint and the plugin set."""
+    known: dict[str, MergeRecipe] = {}
+    if given is not None:
+        known["recipe=..."] = read_recipe(given)
+    if recorded.get("source_r") and recorded["source_r"] == source_r:  # weights of source_r = 0 are of no recipe
+        known["the checkpoint, fine-tuned while it merged,"] = _recorded_recipe(recorded)
+    if plugins is not None:
+        known["the plugin set"] = plugins.config.recipe
+    if not known:
+        return _recorded_recipe(recorded)
+    (name, recipe), *others = known.items()
+    for other, found in others:
+        if found != recipe:
+            raise ArgumentError(
+                f"{name} and {other} merge by different recipes, {recipe} and {found}. Weights and plugins made for "
+                "one do not fit the other: use a plugin set distilled with the recipe that the checkpoint was "
+                "fine-tuned with, or fine-tune with recipe=plugins.config.recipe."
+            )
+    return recipe
+
+
+def _recorded_recipe(recorded: dict) -> MergeRecipe:
+    try:
+        return MergeRecipe.from_dict(recorded.get("recipe", {}))
+    except (ArgumentError, DegreeError) as error:
+        raise PluginFileError(f"'tocom' in the checkpoint's config.json has no usable recipe. {error}") from error
 
 
 def _open_plugins(

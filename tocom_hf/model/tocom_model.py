@@ -16,7 +16,8 @@ from tocom_hf.cost.budget import Budget
 from tocom_hf.cost.calibration import Calibration, choose_degree
 from tocom_hf.errors import BudgetError, UnsupportedModelError
 from tocom_hf.merging.architectures import Backbone, find_backbone
-from tocom_hf.merging.patching import merging_at, set_merging
+from tocom_hf.merging.patching import get_settings, merging_at, set_merging
+from tocom_hf.merging.recipes import TOME_RECIPE, MergeRecipe
 from tocom_hf.merging.subclassing import RuntimeSubclass
 from tocom_hf.model.checkpoint import CHECKPOINT_FILES
 from tocom_hf.model.equipping import equip
@@ -99,6 +100,7 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
         target_latency_ms: float | None = None,
         target_gflops: float | None = None,
         calibration: Calibration | str | Path | None = None,
+        recipe: MergeRecipe | str | Path | None = None,
         backbone: str | None = None,
         **kwargs: Any,
     ) -> "TocomModel":
@@ -121,6 +123,8 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
                 the model is loaded to, unless a calibration is given.
             calibration: What `calibrate` measured, for other batch sizes, devices or machines; or a file that holds it,
                 which is written if it is missing.
+            recipe: How tokens merge, or a file that says it; as in `apply_tome`. Not needed where the plugin set or the
+                checkpoint records it; all must agree.
             backbone: Which part merges, for models with several that could; as in `apply_tome`. Not needed for
                 checkpoints whose configuration records it.
             **kwargs: Passed to the model class's own `from_pretrained` (`dtype`, `revision`, `token`, ...).
@@ -135,7 +139,7 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
             PluginFileError: if the checkpoint or the plugin set cannot be read, or is not what it should be.
             HubError: if the Hub refuses or fails a request, or cannot be reached.
             ArgumentError: if code or pickled weights were to be loaded (`trust_remote_code`, `use_safetensors=False`);
-                if several parts could merge and `backbone` does not name one.
+                if several parts could merge and `backbone` does not name one; if recipes differ.
             BudgetError: if a wanted cost is given twice, beside `target_r`, or cannot be reached.
             CalibrationError: if the calibration cannot be read or belongs to another model.
         """
@@ -145,6 +149,9 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
         given = None
         if isinstance(pretrained_model_name_or_path, nn.Module):
             given = find_backbone(pretrained_model_name_or_path, backbone)
+            settings = get_settings(given)
+            if recipe is None and settings is not None and settings.recipe != TOME_RECIPE:
+                recipe = settings.recipe  # of a model that merges by it already
         if given is not None and kwargs:
             raise TypeError(f"A loaded model takes no loading arguments, got {', '.join(kwargs)}.")
         loaded = load(
@@ -154,13 +161,14 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
             source_r=source_r,
             target_r=target_r,
             scale=scale,
+            recipe=recipe,
             arguments=kwargs,
         )
         found = find_backbone(loaded.model, backbone or loaded.backbone) if given is None else given
         target_r = loaded.target_r
         if budget is not None:
             target_r = choose_degree(found, budget, loaded.degrees, calibration)
-        state = TocomState(loaded.source_r, loaded.source_r, loaded.scale, loaded.plugins)
+        state = TocomState(loaded.source_r, loaded.source_r, loaded.scale, loaded.plugins, loaded.recipe)
         return equip(found, state, target_r, TocomModel)
 
     @property
@@ -236,17 +244,19 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
         weights = live_weights(backbone, state.target_modules)
         source_weights = verified_source_weights(state, weights)
         if composite is None:
-            after = TocomState(state.source_r, state.source_r, scale, state.plugins)
+            after = TocomState(state.source_r, state.source_r, scale, state.plugins, state.recipe)
             fresh = source_weights
         elif not composite.factors:
-            after = TocomState(state.source_r, composite.target_r, scale, state.plugins)
+            after = TocomState(state.source_r, composite.target_r, scale, state.plugins, state.recipe)
             fresh = source_weights
         else:
             if not source_weights:
                 source_weights = {path: weight.detach().clone() for path, weight in weights.items()}
             fresh = {path: composite.apply(path, weight) for path, weight in source_weights.items()}
             checksums = {path: checksum(weight) for path, weight in fresh.items()}
-            after = TocomState(state.source_r, composite.target_r, scale, state.plugins, source_weights, checksums)
+            after = TocomState(
+                state.source_r, composite.target_r, scale, state.plugins, state.recipe, source_weights, checksums
+            )
         # nothing has changed so far
         before = {path: weights[path].detach().clone() for path in fresh}
         with self._tocom_lock.writing():
@@ -260,12 +270,17 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
 
     def _adopt(self, backbone: Backbone, state: TocomState) -> None:
         """Take over a new state: merge at its degree, and record it in the configuration."""
-        proportional_attention = True
-        if state.plugins is not None:
-            proportional_attention = state.plugins.config.merging.get("proportional_attention", True)
-        set_merging(backbone, state.target_r, proportional_attention=proportional_attention, bound=True)
+        set_merging(
+            backbone,
+            state.target_r,
+            proportional_attention=state.plugins is None or state.plugins.config.proportional_attention,
+            recipe=state.recipe,
+            bound=True,
+        )
         self._tocom = state
         self.config.tocom = {"source_r": state.source_r, "target_r": state.target_r, "scale": state.scale}
+        if state.recipe != TOME_RECIPE:
+            self.config.tocom["recipe"] = state.recipe.to_dict()
         if self._tocom_path is not None:
             self.config.tocom["backbone"] = self._tocom_path
         if state.plugins is not None:
@@ -300,7 +315,7 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
         """
         with self._tocom_switch:
             state = self._tocom
-            after = TocomState(state.target_r, state.target_r, state.scale, state.plugins)
+            after = TocomState(state.target_r, state.target_r, state.scale, state.plugins, state.recipe)
             self._adopt(self._backbone(), after)
 
     def save_pretrained(  # type: ignore[override]

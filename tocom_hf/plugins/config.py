@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from tocom_hf.errors import BackboneMismatchError, PluginFileError
+from tocom_hf.errors import ArgumentError, BackboneMismatchError, DegreeError, PluginFileError
 from tocom_hf.merging.architectures import ARCHITECTURES, Backbone, projection_paths, unsupported
+from tocom_hf.merging.recipes import MergeRecipe
 from tocom_hf.storage.json_files import read_json
 from tocom_hf.version import __version__
 
@@ -142,6 +143,16 @@ class PluginSetConfig:
                     + ("no linear layer." if layer is None or None in found else f"one of {found[0]} x {found[1]}.")
                 )
 
+    @property
+    def proportional_attention(self) -> bool:
+        """Whether keys weigh by their sizes, as in `apply_tome`."""
+        return self.merging.get("proportional_attention", True)
+
+    @property
+    def recipe(self) -> MergeRecipe:
+        """How tokens merge, as in `apply_tome`."""
+        return MergeRecipe.from_dict(self.merging.get("recipe", {}))
+
     def origin(self) -> dict[str, Any]:
         """What to record of this set in one that was trained on from it."""
         names = ("dataset", "steps", "global_batch_size")
@@ -188,6 +199,7 @@ class PluginSetConfig:
             )
         if not isinstance(values["merging"].get("proportional_attention", True), bool):
             raise PluginFileError(f"{path}: merging.proportional_attention must be true or false.")
+        _check_recipe(path, values["merging"], backbone["num_hidden_layers"])
         if not all(isinstance(entry, dict) for entry in values["evaluation"]):
             raise PluginFileError(f"{path}: 'evaluation' must be a list of JSON objects.")
         if values["target_modules"] is not None:
@@ -217,6 +229,16 @@ _RANGES = {
     "min_r": (0, _LIMIT), "max_r": (1, _LIMIT), "rank": (1, _LIMIT), "trained_scale": (-1e6, 1e6),
     "recommended_scale": (-1e6, 1e6),
 }  # fmt: skip
+
+
+def _check_recipe(path: Path, merging: dict[str, Any], num_layers: int) -> None:
+    """Refuse a merging recipe that is none, or one for another number of layers."""
+    try:
+        recipe = MergeRecipe.from_dict(merging.get("recipe", {}))
+        for degree in recipe.schedules:
+            recipe.schedule(degree, num_layers)
+    except (ArgumentError, DegreeError) as error:
+        raise PluginFileError(f"{path}: merging.recipe cannot be used. {error}") from error
 
 
 def _checked_target_modules(path: Path, found: dict[str, Any]) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,135 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""The search for a recipe: what it measures, what it keeps, and how it goes on."""
+
+import itertools
+
+import pytest
+import torch
+import transformers as hf
+from datasets import Dataset, Features, Image
+from helpers.models import describe, make_model
+from PIL import Image as Pictures
+
+from tocom_hf import ArgumentError, DatasetError, DegreeError, MergeRecipe, apply_tome, count_flops, find_recipe
+from tocom_hf.cli.find_recipe import main
+from tocom_hf.cost.flops import Example
+from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.recipes import TOME_RECIPE
+from tocom_hf.search.flop_model import FlopModel
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(5)
+    coarse = torch.randn(12, 3, 8, 8, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (32, 32), mode="bicubic")
+    return [{"pixel_values": image} for image in smooth]
+
+
+def cosine_to_dense(model, recipe, degree, pixel_values):
+    """The mean cosine of the class feature to that of the untouched model, by the formula."""
+    with torch.no_grad():
+        dense = make_model(hf.ViTModel)(pixel_values).last_hidden_state[:, 0]
+        merged = apply_tome(make_model(hf.ViTModel), degree, recipe=recipe)(pixel_values).last_hidden_state[:, 0]
+    return torch.cosine_similarity(dense, merged).mean().item()
+
+
+@pytest.fixture(scope="module")
+def found(images):
+    return find_recipe(make_model(hf.ViTModel), images, [4, 0, 8], max_evaluations=20, batch_size=5)
+
+
+def test_what_it_reports_is_the_cosine_to_the_untouched_model(found, images):
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
+    pixel_values = torch.stack([image["pixel_values"] for image in images])
+    for row in found.results:
+        for half, value in ((order[::2], row.agreement), (order[1::2], row.held_out)):
+            expected = cosine_to_dense(make_model(hf.ViTModel), row.recipe, row.degree, pixel_values[half])
+            assert value == pytest.approx(expected, abs=1e-5)
+
+
+def test_every_choice_is_better_and_none_costs_more(found):
+    assert {row.degree for row in found.results} == {4, 8}
+    assert len(found.results) > 2, "nothing was found"
+    for degree, group in itertools.groupby(found.results, key=lambda row: row.degree):
+        rows = list(group)
+        assert rows[0].what == "ToMe"
+        assert rows[0].recipe == TOME_RECIPE
+        assert rows[-1].agreement > rows[0].agreement
+        budget = count_flops(make_model(hf.ViTModel), degree)
+        for row in rows:
+            model = apply_tome(make_model(hf.ViTModel), 0, recipe=row.recipe)
+            assert count_flops(model, degree) == round(row.gflops * 1e9) <= budget
+
+
+@pytest.mark.parametrize("match_by", ["key_mean", "keys_values"])
+def test_flops_of_any_schedule_follow_from_a_few(match_by):
+    model = make_model(hf.ViTModel)
+    backbone = find_backbone(model)
+    example = Example.of(backbone, None, 1)
+    apply_tome(model, 0, recipe=MergeRecipe(match_by=match_by))
+    with torch.no_grad():
+        flops = FlopModel(lambda schedule: example.count_at(list(schedule)).flops, 65, 1, 4)
+        for schedule in ([5, 5, 5, 5], [0, 9, 0, 20], [32, 30, 1, 1], [1, 2, 3, 4]):
+            assert flops(schedule) == pytest.approx(example.count_at(schedule).flops, rel=1e-9)
+
+
+def test_the_last_recipe_is_the_one_that_is_returned(found):
+    for degree in (4, 8):
+        last = [row for row in found.results if row.degree == degree][-1]
+        assert last.recipe.schedule(degree, 4) == found.recipe.schedule(degree, 4)
+        assert last.recipe.match_by == found.recipe.match_by
+
+
+def test_the_model_is_left_as_it_was_and_the_search_can_be_repeated(found, images, tmp_path):
+    model = make_model(hf.ViTModel)
+    before = describe(model)
+    progress = tmp_path / "progress.json"
+    again = find_recipe(model, images, [4, 8], max_evaluations=20, batch_size=5, progress=progress)
+    assert describe(model) == before
+    assert again == found
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["progress-0.json", "progress-1.json"]
+
+
+def test_a_search_goes_on_where_it_stopped(images, tmp_path, found):
+    """Cut off in the middle, it ends as the whole one did."""
+
+    class StopSearchError(Exception):
+        pass
+
+    def stop(line):
+        raise StopSearchError
+
+    arguments = {"max_evaluations": 20, "batch_size": 5, "progress": tmp_path / "progress.json"}
+    with pytest.raises(StopSearchError):
+        find_recipe(make_model(hf.ViTModel), images, [4, 8], report=stop, **arguments)
+    assert find_recipe(make_model(hf.ViTModel), images, [4, 8], **arguments) == found
+    with pytest.raises(ArgumentError, match="another model, other images or another seed"):
+        find_recipe(make_model(hf.ViTModel, seed=1), images, [4, 8], **arguments)
+
+
+def test_wrong_arguments_are_refused_before_anything_runs(images):
+    model = make_model(hf.ViTModel)
+    with pytest.raises(ArgumentError, match="at least one degree above 0"):
+        find_recipe(model, images, [0])
+    with pytest.raises(DegreeError, match="degrees must be a non-negative integer"):
+        find_recipe(model, images, [-1])
+    with pytest.raises(ArgumentError, match="match_by must be one of"):
+        find_recipe(model, images, [4], match_by=["colour"])
+    with pytest.raises(DatasetError, match="At least four images"):
+        find_recipe(model, images[:3], [4])
+
+
+def test_the_command_writes_a_recipe_and_a_table(tmp_path, capsys):
+    make_model(hf.ViTModel).save_pretrained(tmp_path / "model")
+    hf.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    pictures = [Pictures.linear_gradient("L").rotate(30 * turn).resize((40, 40)).convert("RGB") for turn in range(8)]
+    data = Dataset.from_dict({"image": pictures}, features=Features({"image": Image()}))
+    data.to_parquet(tmp_path / "images.parquet")
+    arguments = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "images.parquet")]
+    output = tmp_path / "recipe"
+    assert main([*arguments, "--degrees", "4", "--max_evaluations", "3", "--output_dir", str(output)]) == 0
+    recipe = MergeRecipe.load(output / "recipe.json")
+    assert apply_tome(make_model(hf.ViTModel), 4, recipe=recipe) is not None
+    assert (output / "recipe.md").read_text().startswith("| r | recipe | GFLOPs |")
+    assert "cosine to r = 0" in capsys.readouterr().out

@@ -1,0 +1,88 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""Choose what tokens are matched by and how many merge in which layer, on a hundred or two unlabelled images.
+
+    tocom find-recipe --model_name_or_path facebook/dinov2-small --dataset_name food101 --degrees 8 12 16 \\
+        --output_dir recipe-dinov2-small
+
+The result is `recipe.json`, for `apply_tome(model, r, recipe=MergeRecipe.load(path))` and for
+`tocom distill --merge_recipe`, and a table of what each choice gave. A search that was cut off goes on when the same
+command is given again.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tocom_hf.cli.endings import CommandParser, run_command
+from tocom_hf.cli.loading import load_processor
+
+
+COMMAND = "tocom find-recipe"
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser(COMMAND, __doc__)
+    parser.add_argument("--model_name_or_path", required=True, help="Pre-trained or fine-tuned: Hub id or folder.")
+    parser.add_argument("--degrees", type=int, nargs="+", required=True, help="Degrees to search for.")
+    parser.add_argument("--dataset_name", required=True, help="Hub name, folder of images, or parquet file.")
+    parser.add_argument("--dataset_config_name", help="Configuration of a Hub data set.")
+    parser.add_argument("--dataset_split", default="train", help="Split to choose by.")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--max_samples", type=int, default=200, help="Images, drawn at random; half of them decide.")
+    parser.add_argument("--max_evaluations", type=int, default=60, help="Schedules to try at each degree; 0 for none.")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the recipe and its table.")
+    return parser.parse_args(argv)
+
+
+def search(args: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoModel
+
+    from tocom_hf.data.colour import model_channels
+    from tocom_hf.data.images import load_images, with_pixel_values
+    from tocom_hf.search.find_recipe import find_recipe
+
+    model = AutoModel.from_pretrained(args.model_name_or_path, dtype=torch.float32).eval()
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    images = load_images(
+        args.dataset_name,
+        split=args.dataset_split,
+        config_name=args.dataset_config_name,
+        image_column=args.image_column,
+        max_samples=args.max_samples,
+    )
+    processed = with_pixel_values(
+        images,
+        load_processor(args.model_name_or_path),
+        image_column=args.image_column,
+        num_channels=model_channels(model.config),
+    )
+    samples: Any = [processed[i] for i in range(len(processed))]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    found = find_recipe(
+        model,
+        samples,
+        args.degrees,
+        max_evaluations=args.max_evaluations,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        progress=args.output_dir / "progress.json",
+        report=lambda line: print(line, flush=True),
+    )
+    found.recipe.save(args.output_dir / "recipe.json")
+    (args.output_dir / "recipe.md").write_text(found.table() + "\n", encoding="utf-8")
+    print(found.table())
+    print(f"recipe.json and recipe.md written to {args.output_dir.resolve()}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(COMMAND, parse_args, search, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

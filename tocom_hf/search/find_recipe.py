@@ -1,0 +1,345 @@
+# Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
+"""`find_recipe`: which tokens to merge, and in which layers, so that features stay what they are without merging."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import PreTrainedModel
+
+from tocom_hf.cost.flops import Example
+from tocom_hf.devices import evaluation_mode
+from tocom_hf.distillation.objectives import Features
+from tocom_hf.errors import ArgumentError, DatasetError
+from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.patching import merging_at
+from tocom_hf.merging.recipes import MATCH_BY, TOME_RECIPE, MergeRecipe
+from tocom_hf.merging.schedule import require_degree
+from tocom_hf.plugins.config import BackboneFacts
+from tocom_hf.search.flop_model import FlopModel
+from tocom_hf.search.progress import Progress
+
+
+TOME = "ToMe"
+_STEPS = (1, 2, 4, 8)  # merges that a step of the search moves from one layer to another
+
+
+@dataclass(frozen=True)
+class RecipeResult:
+    """How well a model that merges by a recipe agrees with itself without merging.
+
+    Attributes:
+        degree: The degree.
+        what: Which part of the recipe was added last: `ToMe`, the matching, the size penalty or the schedule.
+        recipe: The recipe.
+        agreement: Mean cosine of the features to those of r = 0, on the images that the search went by.
+        held_out: The same on the other half of the images.
+        held_out_error: Standard error of the difference to the row before, on the other half.
+        gflops: Floating-point operations for one image, in units of 10^9.
+    """
+
+    degree: int
+    what: str
+    recipe: MergeRecipe
+    agreement: float
+    held_out: float
+    held_out_error: float
+    gflops: float
+
+
+@dataclass(frozen=True)
+class FoundRecipe:
+    """What `find_recipe` found.
+
+    Example:
+
+    ```python
+    >>> from tocom_hf import FoundRecipe, MergeRecipe
+    >>> FoundRecipe(MergeRecipe(match_by="input"), results=[]).recipe.match_by
+    'input'
+
+    ```
+
+    Attributes:
+        recipe: The recipe.
+        results: What each of its parts gave, degree by degree.
+    """
+
+    recipe: MergeRecipe
+    results: list[RecipeResult]
+
+    def table(self) -> str:
+        """The results as a table in Markdown."""
+        lines = ["| r | recipe | GFLOPs | cosine to r = 0 | on held-out images | of the distance closed |"]
+        lines.append("| --- | --- | --- | --- | --- | --- |")
+        plain: dict[int, float] = {}
+        for row in self.results:
+            distance = plain.setdefault(row.degree, 1 - row.held_out)
+            closed = 1 - (1 - row.held_out) / distance if distance > 0 else 0.0
+            cells = [row.degree, row.what, f"{row.gflops:.2f}", f"{row.agreement:.4f}", f"{row.held_out:.4f}"]
+            lines.append("| " + " | ".join(map(str, [*cells, f"{100 * closed:.0f} %"])) + " |")
+        return "\n".join(lines)
+
+
+def find_recipe(
+    model: PreTrainedModel,
+    images: Dataset,
+    degrees: Sequence[int],
+    *,
+    match_by: Sequence[str] = MATCH_BY,
+    size_penalties: Sequence[float] = (0.0, 0.01, 0.02, 0.05),
+    max_evaluations: int = 60,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: str | Path | None = None,
+    report: Callable[[str], None] | None = None,
+) -> FoundRecipe:
+    """Choose what tokens are matched by, a size penalty, and a schedule of merges for each degree, without labels.
+
+    One half of the images decides: the recipe whose features have the largest cosine to those without merging. First
+    what to match by, then the penalty, both over all degrees together; then for each degree a schedule, by moving
+    merges from layer to layer as long as that helps. The other half of the images is looked at last: a part of the
+    recipe that does not help there is left out. No recipe costs more FLOPs than ToMe's rule at that degree.
+
+    Args:
+        model: A supported model that does not merge. It is left as it was.
+        images: Samples with finished `pixel_values`, float `(channels, height, width)`. One or two hundred suffice.
+        degrees: The degrees to search for; 0 is left out.
+        match_by: What to try, of `MergeRecipe.match_by`.
+        size_penalties: What to try, of `MergeRecipe.size_penalty`.
+        max_evaluations: How many schedules to try at each degree; 0 leaves schedules alone.
+        batch_size: Images of a forward pass.
+        seed: Decides the halves and the order in which schedules are tried.
+        progress: A file to keep what was measured in; a search with the same arguments goes on from there.
+        report: Called with a line of text for every choice.
+
+    Raises:
+        UnsupportedModelError: if the architecture is not supported.
+        DegreeError: if a degree is not one.
+        ArgumentError: if there is no degree above 0, or an argument is out of range.
+        DatasetError: if there are fewer than four images.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import ViTConfig, ViTModel
+    >>> from tocom_hf import find_recipe
+    >>> model = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64))
+    >>> images = [{"pixel_values": torch.rand(3, 64, 64)} for _ in range(4)]
+    >>> found = find_recipe(model, images, degrees=[3], match_by=["key_mean", "input"], max_evaluations=2)
+    >>> found.recipe.match_by in ("key_mean", "input")
+    True
+
+    ```
+    """
+    wanted = sorted({require_degree(degree, "degrees") for degree in degrees} - {0})
+    if not wanted:
+        raise ArgumentError("degrees must have at least one degree above 0: at 0 nothing merges.")
+    tried = [MergeRecipe(match_by=name) for name in match_by]
+    penalties = [MergeRecipe(size_penalty=penalty).size_penalty for penalty in size_penalties]
+    if require_degree(batch_size, "batch_size") < 1:
+        raise ArgumentError(f"batch_size must be at least 1, got {batch_size}.")
+    require_degree(max_evaluations, "max_evaluations")
+    count = len(images)  # type: ignore[arg-type]
+    if count < 4:
+        raise DatasetError(f"At least four images are needed to choose a recipe and to check it, got {count}.")
+
+    backbone = find_backbone(model)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    halves = [Subset(images, order[::2]), Subset(images, order[1::2])]
+    facts = {"model": BackboneFacts.of(backbone).sketch, "images": count, "seed": seed}
+    with evaluation_mode(model), torch.no_grad():
+        searching, held_out = (
+            _Judge(backbone, half, batch_size, Progress(_of_half(progress, index), facts))
+            for index, half in enumerate(halves)
+        )
+        search = _Search(searching, held_out, wanted, report or (lambda line: None))
+        search.start()
+        search.choose("matching", [replace(search.recipe, match_by=recipe.match_by) for recipe in tried])
+        search.choose("size penalty", [replace(search.recipe, size_penalty=penalty) for penalty in penalties])
+        for degree in wanted:
+            search.find_schedule(degree, max_evaluations, torch.Generator().manual_seed(seed))
+    return FoundRecipe(search.recipe, sorted(search.results, key=lambda row: row.degree))
+
+
+class _Judge:
+    """Agreement with r = 0 on some images, measured once for each recipe."""
+
+    def __init__(self, backbone: Backbone, images: Dataset, batch_size: int, progress: Progress):
+        self.backbone = backbone
+        self.progress = progress
+        self.objective = Features()
+        self.flop_models: dict[str, FlopModel] = {}
+        parameter = next(backbone.module.parameters())
+        self.batches = [
+            batch["pixel_values"].to(parameter.device, parameter.dtype)
+            for batch in DataLoader(images, batch_size=batch_size)
+        ]
+        self.example = Example.of(backbone, tuple(self.batches[0].shape[2:]), 1)
+        with merging_at(backbone, 0):
+            self.references = [self.objective.outputs(backbone, batch) for batch in self.batches]
+
+    def agreement(self, recipe: MergeRecipe, degree: int) -> torch.Tensor:
+        """The cosine of each image: float64 `(images,)`."""
+        schedule = recipe.schedule(degree, len(self.backbone.layers))
+        name = f"{recipe.match_by} {recipe.size_penalty} {' '.join(map(str, schedule))}"
+        return torch.tensor(self.progress.measured(name, lambda: self._measure(recipe, degree)), dtype=torch.float64)
+
+    def flops(self, recipe: MergeRecipe, degree: int) -> int:
+        """The floating-point operations for one image, counted."""
+        return self._count(recipe.match_by, recipe.schedule(degree, len(self.backbone.layers)))
+
+    def predicted_flops(self, recipe: MergeRecipe, degree: int) -> float:
+        """The same from a few counts, for those who ask often."""
+        layers = len(self.backbone.layers)
+        match_by = recipe.match_by
+        if match_by not in self.flop_models:
+            tokens = self.example.count_at(0).tokens[0]
+            self.flop_models[match_by] = FlopModel(
+                lambda schedule: self._count(match_by, schedule), tokens, self.backbone.protected, layers
+            )
+        return self.flop_models[match_by](recipe.schedule(degree, layers))
+
+    def _count(self, match_by: str, schedule: Sequence[int]) -> int:
+        def count() -> int:
+            with merging_at(self.backbone, 0, recipe=MergeRecipe(match_by=match_by)):
+                return self.example.count_at(list(schedule)).flops
+
+        return self.progress.measured(f"FLOPs {match_by} {' '.join(map(str, schedule))}", count)
+
+    def _measure(self, recipe: MergeRecipe, degree: int) -> list[float]:
+        found: list[Any] = []
+        with merging_at(self.backbone, degree, recipe=recipe):
+            for batch, reference in zip(self.batches, self.references, strict=True):
+                student = self.objective.outputs(self.backbone, batch)
+                found.append(self.objective.agreement(reference, student))
+        return torch.cat(found).double().tolist()
+
+
+class _Search:
+    """The recipe that is the best so far, and how it came to be."""
+
+    def __init__(self, judge: _Judge, held_out: _Judge, degrees: list[int], report: Callable[[str], None]):
+        self.judge = judge
+        self.held_out = held_out
+        self.degrees = degrees
+        self.report = report
+        self.recipe = TOME_RECIPE
+        self.results: list[RecipeResult] = []
+        self.budgets = {degree: judge.flops(TOME_RECIPE, degree) for degree in degrees}
+
+    def start(self) -> None:
+        """Measure ToMe's rule."""
+        for degree in self.degrees:
+            self._record(degree, TOME, self.recipe, self.recipe)
+
+    def choose(self, what: str, recipes: list[MergeRecipe]) -> None:
+        """Take the recipe that closes most of the distance, summed over degrees; none if it does not help."""
+        fitted = [self._fitted(recipe) for recipe in recipes]
+        best = max(fitted, key=lambda recipe: self._closed(self.judge, recipe), default=self.recipe)
+        closed, checked = self._closed(self.judge, best), self._closed(self.held_out, best)
+        name = f"{what} {best.match_by if what == 'matching' else best.size_penalty}"
+        if best == self.recipe or closed <= 0 or checked <= 0:
+            self.report(f"{what}: nothing that was tried is better than what there is")
+            return
+        self.report(f"{name}: closes {100 * closed:.0f} % of the distance, {100 * checked:.0f} % on held-out images")
+        for degree in self.degrees:
+            self._record(degree, name, best, self.recipe)
+        self.recipe = best
+
+    def find_schedule(self, degree: int, max_evaluations: int, generator: torch.Generator) -> None:
+        """Move merges between layers at one degree as long as that helps, within the FLOPs of the constant degree."""
+        layers = len(self.judge.backbone.layers)
+        best, start = self.recipe, self.recipe
+        best_value = float(self.judge.agreement(best, degree).mean())
+        for _ in range(max_evaluations):
+            source, target = torch.randperm(layers, generator=generator)[:2].tolist()
+            step = _STEPS[int(torch.randint(len(_STEPS), (1,), generator=generator))]
+            candidate = self._moved(best, degree, source, target, step)
+            if candidate is None:
+                continue
+            value = float(self.judge.agreement(candidate, degree).mean())
+            if value > best_value:
+                best, best_value = candidate, value
+        difference = self.held_out.agreement(best, degree) - self.held_out.agreement(start, degree)
+        if best == start or float(difference.mean()) <= _standard_error(difference):
+            self.report(f"r = {degree}: no schedule is better than the same number of merges in every layer")
+            return
+        self.report(f"r = {degree}: {list(best.schedules[degree])}")
+        self._record(degree, "schedule", best, start)
+        self.recipe = best
+
+    def _fitted(self, recipe: MergeRecipe) -> MergeRecipe:
+        """A recipe that costs no more than ToMe's at any degree: comparing more channels costs some merges more."""
+        layers = len(self.judge.backbone.layers)
+        schedules: dict[int, tuple[int, ...]] = {}
+        for degree in self.degrees:
+            merges = [degree] * layers
+            layer = 0
+            while not self._fits(replace(recipe, schedules={degree: tuple(merges)}), degree):
+                merges[layer % layers] += 1
+                layer += 1
+            if layer > 0:
+                schedules[degree] = tuple(merges)
+        return replace(recipe, schedules=schedules)
+
+    def _moved(self, recipe: MergeRecipe, degree: int, source: int, target: int, step: int) -> MergeRecipe | None:
+        """A recipe with merges moved from one layer to another; `None` where that costs more than the degree.
+
+        The layer that gains merges takes as many as the FLOPs of the degree ask for, and no more.
+        """
+        merges = list(recipe.schedule(degree, len(self.judge.backbone.layers)))
+        if merges[source] < step:
+            return None
+        merges[source] -= step
+
+        def with_target(count: int) -> MergeRecipe:
+            changed = (*merges[:target], count, *merges[target + 1 :])
+            return replace(recipe, schedules={**recipe.schedules, degree: changed})
+
+        count = merges[target]
+        while not self._fits(with_target(count), degree):
+            count += 1
+            if count > merges[target] + 4 * step + 4:  # a layer merges at most half of its tokens
+                return None
+        return with_target(count)
+
+    def _fits(self, recipe: MergeRecipe, degree: int) -> bool:
+        """Whether a recipe costs no more than ToMe's rule at a degree, to the rounding of the prediction."""
+        return self.judge.predicted_flops(recipe, degree) <= self.budgets[degree] * (1 + 1e-9)
+
+    def _closed(self, judge: _Judge, recipe: MergeRecipe) -> float:
+        """The share of the distance to r = 0, summed over degrees, that a recipe closes of what is left so far."""
+        before = sum(1 - float(judge.agreement(self.recipe, degree).mean()) for degree in self.degrees)
+        after = sum(1 - float(judge.agreement(recipe, degree).mean()) for degree in self.degrees)
+        return 1 - after / before if before > 0 else 0.0
+
+    def _record(self, degree: int, what: str, recipe: MergeRecipe, before: MergeRecipe) -> None:
+        held_out = self.held_out.agreement(recipe, degree)
+        row = RecipeResult(
+            degree,
+            what,
+            recipe,
+            agreement=float(self.judge.agreement(recipe, degree).mean()),
+            held_out=float(held_out.mean()),
+            held_out_error=_standard_error(held_out - self.held_out.agreement(before, degree)),
+            gflops=self.judge.flops(recipe, degree) / 1e9,
+        )
+        self.results.append(row)
+
+
+def _standard_error(values: torch.Tensor) -> float:
+    return float(values.std()) / math.sqrt(len(values))
+
+
+def _of_half(progress: str | Path | None, index: int) -> Path | None:
+    """The file of one half of the images: measurements of the two go by the same names."""
+    if progress is None:
+        return None
+    path = Path(progress)
+    return path.with_name(f"{path.stem}-{index}{path.suffix or '.json'}")
