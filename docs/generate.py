@@ -9,13 +9,14 @@ On a page a table stands between `<!-- generated: NAME -->` and `<!-- end -->`. 
 
 import argparse
 import ast
+import functools
 import json
 import math
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import AutoModelForImageClassification
@@ -69,51 +70,104 @@ MORE_CLASSES = {
     "dinov2": ["`Dinov2Backbone`", "`DepthAnythingForDepthEstimation`", "`DepthProForDepthEstimation`"],
     "clip_vision_model": ["`CLIPModel` (its text side is untouched)"],
 }
-# what the two tables do not say
+# what the tables do not say
 TITLES = {"ViTMAEModel": "`ViTMAEModel` with `mask_ratio=0`"}
 RESTORED = {"vit": "for masked image modelling"}
+
+
+class Tested(NamedTuple):
+    """What the tested models of one type show.
+
+    Attributes:
+        classes: Their names.
+        inputs: What they take: `images`, `clips` or `spectrograms`.
+        restored: Whether their tokens are restored where nothing else is asked for.
+    """
+
+    classes: list[str]
+    inputs: str
+    restored: bool
 
 
 def supported_models() -> str:
     """The supported model types, from the table of architectures and from the families that are tested."""
     from tocom_hf.merging.architectures import ARCHITECTURES
 
-    classes = _tested_classes()
+    tested = _tested()
+    missing = sorted(ARCHITECTURES.keys() - tested.keys())
+    if missing:
+        raise ValueError(f"tests/helpers/families.py has no family of the type {', '.join(missing)}. Add one.")
     rows = []
     for model_type, row in ARCHITECTURES.items():
-        names = [*classes[model_type], *MORE_CLASSES.get(model_type, [])]
-        restored = RESTORED.get(model_type, "yes" if row.restore else "no")
-        rows.append([f"`{model_type}`", ", ".join(names), _never_merged(row.protected, row.registers), restored])
-    return table(["model type", "classes tested", "never merges", "restored"], rows)
+        classes, inputs, restored = tested[model_type]
+        rows.append(
+            [
+                f"`{model_type}`",
+                ", ".join([*classes, *MORE_CLASSES.get(model_type, [])]),
+                inputs,
+                _never_merged(row.protected, row.registers),
+                RESTORED.get(model_type, "yes" if restored else "no"),
+                "added to the tokens" if row.positions is None else "rotary",
+            ]
+        )
+    return table(["model type", "classes tested", "input", "never merges", "restored", "positions"], rows)
 
 
-def _tested_classes() -> dict[str, list[str]]:
-    """The names of the tested classes by the model type of their backbone."""
+def supported_kinds() -> str:
+    """The supported model types by what they take."""
+    from tocom_hf.merging.architectures import ARCHITECTURES
+
+    tested = _tested()
+    kinds: dict[str, list[str]] = {}
+    for model_type in ARCHITECTURES:
+        kinds.setdefault(tested[model_type].inputs, []).append(f"`{model_type}`")
+    return table(["input", "model types"], [[inputs, ", ".join(names)] for inputs, names in kinds.items()])
+
+
+@functools.cache
+def _tested() -> dict[str, Tested]:
+    """The tested models by the model type of their backbone."""
     sys.path.insert(0, str(ROOT / "tests"))
     try:
         from helpers.families import FAMILIES, SIMILAR
     finally:
         sys.path.remove(str(ROOT / "tests"))
+    from tocom_hf import apply_tome
     from tocom_hf.merging.architectures import find_backbone
+    from tocom_hf.merging.patching import get_settings
 
-    classes: dict[str, list[str]] = {}
+    tested: dict[str, Tested] = {}
     for family in [*FAMILIES, *SIMILAR]:
-        model_type = find_backbone(family.make()).module.config.model_type
-        names = classes.setdefault(model_type, [])
+        backbone = find_backbone(apply_tome(family.make(), 1))
+        settings = get_settings(backbone)
+        found = Tested([], _kind_of_input(family.inputs(batch=1)), settings is not None and settings.restore)
+        classes = tested.setdefault(backbone.module.config.model_type, found).classes
         name = TITLES.get(family.model_class.__name__, f"`{family.model_class.__name__}`")
-        if name not in names:
-            names.append(name)
-    return classes
+        if name not in classes:
+            classes.append(name)
+    return tested
+
+
+def _kind_of_input(inputs: dict[str, Any]) -> str:
+    """What a model takes: clips are `(batch, frames, channels, height, width)`, images have no frames."""
+    pixels = [value for name, value in inputs.items() if name.startswith("pixel_values")]
+    if not pixels:
+        return "spectrograms"
+    return "clips" if pixels[0].ndim == 5 else "images"
 
 
 def _never_merged(protected: int, registers: str | None) -> str:
-    front = ["nothing", "the class token", "the class and the distillation token"][protected]
-    return front if registers is None else f"{front}, the register tokens"
+    front = {0: "nothing", 1: "the class token", 2: "the class and the distillation token"}
+    words = front.get(protected, f"{protected} tokens at the front")
+    if registers is None:
+        return words
+    more = "the register tokens" if "register" in registers else f"the tokens that `{registers}` counts"
+    return f"{words}, {more}" if protected else more
 
 
 def refused_models() -> str:
     """The well-known model types that are refused, by reason."""
-    from tocom_hf.merging.architectures import REASONS
+    from tocom_hf.merging.refusals import REASONS
 
     types: dict[str, list[str]] = {}
     for model_type, reason in REASONS.items():
@@ -614,6 +668,7 @@ def api_index() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "supported-models": supported_models,
+    "supported-kinds": supported_kinds,
     "refused-models": refused_models,
     "main-results": main_results,
     "embedded-checkpoint": embedded_checkpoint,

@@ -12,6 +12,8 @@ from transformers import (
     ASTConfig,
     ASTForAudioClassification,
     CLIPModel,
+    DepthAnythingConfig,
+    Dinov2Config,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     SwinConfig,
@@ -111,13 +113,30 @@ def test_swin_is_refused_with_its_reason(tmp_path, run):
     assert "apply_tome" not in output
 
 
+def test_of_a_language_model_its_vision_part_gets_the_reason(tmp_path, run):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
+    code, output, errors = run("merge-report", tmp_path)
+    assert (code, errors) == (0, "")
+    assert "'qwen2_vl', whose part 'qwen2_vl_vision' does not fit: it packs the tokens of all images" in output
+
+
+def test_a_configuration_that_names_no_class_is_measured_by_its_backbone(tmp_path):
+    """Depth Anything has no class without a head."""
+    backbone = Dinov2Config(**{name: value for name, value in TINY.items() if name != "intermediate_size"},
+                            image_size=32, patch_size=4, out_features=["stage1", "stage2"])  # fmt: skip
+    DepthAnythingConfig(backbone_config=backbone).save_pretrained(tmp_path)
+    report = make_report(str(tmp_path), target_r=[0, 2], seconds=0)
+    assert (report.reason, report.measured_class) == (None, "Dinov2Model")
+    assert report.calibration[0].tokens[0] == 65
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         ({"model_type": "ours", "auto_map": {"AutoModel": "code.Ours"}}, "code of the repository, which is not run"),
         ({"architecture": "vit_tiny", "pretrained_cfg": {}}, "a checkpoint of timm"),
         ({"model_type": "ours"}, "names no model type that this version of transformers knows"),
-        ({"model_type": "bert", "architectures": ["BertModel"]}, "does not support the architecture 'bert'."),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "the architecture 'bert': it reads text, and"),
         ({"model_type": "vit", "architectures": ["Ours"]}, "not a model class of transformers"),
     ],
 )

@@ -54,7 +54,7 @@ def find_classifier(config: "PreTrainedConfig", name: str) -> Classifier:
     }
     found = supported_types(config)
     if not found:
-        raise unsupported(config.model_type)
+        raise unsupported(config)
     if any(ARCHITECTURES[model_type].spectrograms for model_type in found):
         raise UnsupportedModelError(
             f"{name} takes spectrograms ({config.model_type}), and this command fine-tunes on images. Train it with "

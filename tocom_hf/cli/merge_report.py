@@ -153,7 +153,7 @@ def open_checkpoint(name: str, backbone: str | None) -> "tuple[MergeReport, PreT
     config, _ = checkpoint.config(None, {})
     if not supported_types(config):
         # The second sentence lists what is supported.
-        reason = str(unsupported(config.model_type)).partition(". ")[0]
+        reason = str(unsupported(config)).partition(". ")[0]
         return MergeReport(name, model_type, model_class, f"{reason}."), None
     try:
         subject = build_with_random_weights(name, config, backbone)
@@ -181,12 +181,16 @@ def build_with_random_weights(name: str, config: Any, part: str | None) -> "PreT
         ArgumentError: if transformers cannot build such a model.
     """
     import torch
-    from transformers import AutoModel
+    from transformers import MODEL_MAPPING, AutoModel
 
-    from tocom_hf.merging.architectures import find_backbone
+    from tocom_hf.merging.architectures import ARCHITECTURES, find_backbone
+    from tocom_hf.merging.refusals import parts_of
     from tocom_hf.model.loading import model_class_of
 
     model_class = model_class_of(config)
+    if model_class is AutoModel and type(config) not in MODEL_MAPPING:
+        # The configuration names no class and there is none without a head: a part that could merge stands for it.
+        config = next(found for found in parts_of(config) if found.model_type in ARCHITECTURES)
 
     def build() -> Any:
         with refused_input(f"No model can be built from the config.json of {name}"):

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tocom_hf.errors import ArgumentError, UnsupportedModelError
 from tocom_hf.merging.positions import AxialRotary, Positions
+from tocom_hf.merging.refusals import explain, parts_of
 
 
 @dataclass(frozen=True)
@@ -116,22 +117,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "siglip_vision_model": replace(_CLIP, protected=0),
     "ijepa": Architecture(protected=0, restore=True),
     "audio-spectrogram-transformer": Architecture(protected=2, spectrograms=True),
-}
-
-_WINDOWED = "it attends within windows of a fixed grid, which merged tokens no longer form"
-_BIASED = "its attention adds a bias for every pair of grid positions, and a merged token has no single position"
-_ROTARY = "it rotates queries and keys by the position of each token, and a merged token has no single position"
-_PADDED = "it pads images of different shapes to one length, and merging takes no padding mask"
-_FUSED = "its queries, keys and values come from one fused layer, which merging and plugins do not address"
-_HIERARCHICAL = "it pools or strides over the token grid between its stages, which merged tokens no longer form"
-# why, for well-known families that cannot be supported
-REASONS: dict[str, str] = {
-    **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin", "swin2sr", "hiera", "vitdet"), _WINDOWED),
-    **dict.fromkeys(("beit", "data2vec-vision", "levit"), _BIASED),
-    **dict.fromkeys(("pixtral", "vjepa2", "gemma4_vision"), _ROTARY),
-    "siglip2_vision_model": _PADDED,
-    "mgp-str": _FUSED,
-    **dict.fromkeys(("pvt", "pvt_v2", "cvt", "segformer", "poolformer", "mobilevit"), _HIERARCHICAL),
 }
 
 
@@ -260,7 +245,7 @@ def find_backbone(model: nn.Module, name: str | None = None) -> Backbone:
         )
     found = backbones_in(model)
     if not found:
-        raise unsupported(model.config.model_type)
+        raise unsupported(model.config)
     backbone = found[0] if name is None and len(found) == 1 else _chosen(found, name)
     _refuse_unsound_use(backbone)
     return backbone
@@ -301,15 +286,13 @@ def _chosen(found: list[Backbone], name: str | None) -> Backbone:
 
 def supported_types(config: PreTrainedConfig) -> set[str]:
     """The supported model types among a configuration and its parts (`CLIPConfig` has a vision and a text part)."""
-    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
-    return {part.model_type for part in parts if part is not None} & ARCHITECTURES.keys()
+    return {part.model_type for part in parts_of(config)} & ARCHITECTURES.keys()
 
 
-def unsupported(model_type: str) -> UnsupportedModelError:
-    """The error for a model type that is not in the table, with the reason where it is known."""
-    reason = f": {REASONS[model_type]}" if model_type in REASONS else ""
+def unsupported(subject: str | PreTrainedConfig) -> UnsupportedModelError:
+    """The error for a model type that is not in the table, or for a configuration without a part that is."""
     return UnsupportedModelError(
-        f"Token merging does not support the architecture {model_type!r}{reason}. "
+        f"Token merging does not support the architecture {explain(subject)}. "
         f"Supported model types: {', '.join(sorted(ARCHITECTURES))}."
     )
 

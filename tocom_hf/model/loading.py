@@ -276,7 +276,7 @@ def _is_missing(checkpoint: Checkpoint, error: Exception) -> bool:
 def model_class_of(config: PreTrainedConfig) -> Any:
     """The transformers class that a checkpoint was saved from."""
     if not supported_types(config):
-        raise unsupported(config.model_type)
+        raise unsupported(config)
     names = config.architectures or ["AutoModel"]
     name = names[0] if isinstance(names, list) else names
     found = getattr(transformers, name, None) if isinstance(name, str) else None
