@@ -30,6 +30,7 @@ class Family:
     output: str = "logits"
     audio: bool = False
     angles_of: Any = None  # of rotary positions, see `reference.rotate`
+    turn: Any = None  # of rotary positions of other kinds, see `reference.hidden_states`
 
     def __str__(self):
         return self.model_class.__name__
@@ -130,6 +131,32 @@ def video_llava():
     return hf.VideoLlavaForConditionalGeneration(config).eval()
 
 
+# --- block styles: one projection for queries, keys and values ---
+BLIP = ("layer_norm1", "self_attn", None, "layer_norm2", None, "projection")
+MGP_STR = ("norm1", "attn", None, "norm2", None, "proj")
+
+
+def blip(config_class):
+    return config_class(**{key: value for key, value in COMMON.items() if key != "num_labels"}, qkv_bias=True)
+
+
+def mgp_str():
+    sizes = {key: value for key, value in COMMON.items() if key not in ("intermediate_size", "image_size")}
+    return hf.MgpstrConfig(**sizes, image_size=[32, 32], mlp_ratio=2)
+
+
+def of_fused_projections():
+    def like_blip(model_class, config_class):
+        return Family(model_class, lambda: blip(config_class), 1, "encoder.layers", BLIP, "pooler_output")
+
+    return [
+        Family(hf.MgpstrModel, mgp_str, 1, "encoder.blocks", MGP_STR, "last_hidden_state"),
+        like_blip(hf.Blip2VisionModel, hf.Blip2VisionConfig),
+        like_blip(hf.InstructBlipVisionModel, hf.InstructBlipVisionConfig),
+        like_blip(hf.InstructBlipVideoVisionModel, hf.InstructBlipVideoVisionConfig),
+    ]
+
+
 FAMILIES = [
     Family(hf.ViTForImageClassification, lambda: hf.ViTConfig(**COMMON), 1, "vit.layers", PRE_NORM),
     Family(hf.ViTModel, lambda: hf.ViTConfig(**COMMON), 1, "layers", PRE_NORM, "pooler_output"),
@@ -160,7 +187,8 @@ FAMILIES = [
     Family(hf.CLIPForImageClassification, clip, 1, "vision_model.encoder.layers", CLIP),
     Family(hf.SiglipForImageClassification, siglip, 0, "vision_model.encoder.layers", CLIP),
     Family(hf.SiglipVisionModel, lambda: siglip().vision_config, 0, "encoder.layers", CLIP, "pooler_output"),
+    Family(hf.BlipVisionModel, lambda: blip(hf.BlipVisionConfig), 1, "encoder.layers", BLIP, "pooler_output"),
 ]
 
 # like one of the above in all that merging does: tested in full by the slow tests, in the others for what decides
-SIMILAR: list[Family] = []
+SIMILAR: list[Family] = [*of_fused_projections()]

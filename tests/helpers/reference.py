@@ -1,6 +1,7 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """Slow references, written from the papers with Python loops and float64, that share no code with the package."""
 
+import functools
 import math
 
 import torch
@@ -89,43 +90,84 @@ def rotate(heads, groups, angles_of):
     return torch.stack(turned)
 
 
+def part(module, path):
+    """What stands at a path in a module."""
+    return functools.reduce(getattr, path.split("."), module)
+
+
+def first_part(*places):
+    """The first of several places, each a module and a path, where there is something."""
+    return next(part(module, path) for module, path in places if hasattr(module, path.split(".")[0]))
+
+
+def head_dim(attention, hidden):
+    """Number of channels of a head."""
+    if hasattr(attention, "num_heads"):
+        return hidden // attention.num_heads
+    return first_part((attention, "head_dim"), (attention, "attention_head_size"))
+
+
+def projected(attention, normed):
+    """Queries, keys and values, `(tokens, hidden)` each: of three layers, or from thirds of the rows of one."""
+    if hasattr(attention, "qkv"):
+        hidden = normed.shape[-1]
+        biases = [None] * 3 if attention.qkv.bias is None else attention.qkv.bias.split(hidden)
+        weights = attention.qkv.weight.split(hidden)
+        return [torch.nn.functional.linear(normed, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    names = ("query", "key", "value")
+    return [first_part((attention, f"{name[0]}_proj"), (attention, name))(normed) for name in names]
+
+
 def hidden_states(
-    layers, images, schedule, protected, names=VIT, proportional=True, angles_of=None, match_by="key_mean", penalty=0.0
+    layers,
+    images,
+    schedule,
+    protected,
+    names=VIT,
+    proportional=True,
+    angles_of=None,
+    turn=None,
+    match_by="key_mean",
+    penalty=0.0,
 ):
     """Token states after the last layer of a pre-norm transformer in float64, image by image, not restored.
 
     `images` are the tokens that enter the first layer. `names` are those of a layer's parts: norm, attention, layer
-    scale, norm, layer scale, and the attention's output projection. `angles_of` is that of
-    `rotate`, `match_by` that of `metric_of`, `penalty` that of `match`.
+    scale, norm, layer scale, and the output projection, in the attention or in the layer; behind these, where that is
+    not `mlp`, the parts of the MLP. `angles_of` is that of `rotate`; `turn` does what `rotate` does, in other models:
+    `(heads, groups)` to heads. `match_by` is that of `metric_of`, `penalty` that of `match`.
 
     Returns the states, and for every image the groups of input positions that each output token stands for.
     """
-    norm1, attention_name, scale1, norm2, scale2, output = names
+    norm1, attention_name, scale1, norm2, scale2, output, *mlp = names
+    if angles_of is not None:
+        turn = functools.partial(rotate, angles_of=angles_of)
     outputs, all_groups = [], []
     for tokens in images:
         groups = [[i] for i in range(len(tokens))]
         for layer, r in zip(layers, schedule, strict=True):
-            attention = getattr(layer, attention_name)
-            dim = attention.head_dim
+            attention = part(layer, attention_name)
+            dim = head_dim(attention, tokens.shape[-1])
             normed = getattr(layer, norm1)(tokens)
-            projections = attention.q_proj, attention.k_proj, attention.v_proj
-            query, key, value = (projection(normed).view(len(tokens), -1, dim) for projection in projections)
+            query, key, value = (part.view(len(tokens), -1, dim) for part in projected(attention, normed))
             sizes = [len(group) for group in groups]
             metric = metric_of(match_by, normed, key, value)
             edges = match(metric, min(r, (len(tokens) - protected) // 2), protected, sizes, penalty)
-            if angles_of is not None:
-                query, key = rotate(query, groups, angles_of), rotate(key, groups, angles_of)
+            if turn is not None:
+                query, key = turn(query, groups), turn(key, groups)
             mixed = []
             for head in range(key.shape[1]):
                 logits = query[:, head] @ key[:, head].T / math.sqrt(dim)
                 if proportional:
                     logits = logits + torch.tensor(sizes, dtype=torch.float64).log()
                 mixed.append(logits.softmax(-1) @ value[:, head])
-            branch = getattr(attention, output)(torch.cat(mixed, dim=-1))
+            branch = first_part((attention, output), (layer, output))(torch.cat(mixed, dim=-1))
             tokens = tokens + (getattr(layer, scale1)(branch) if scale1 else branch)
             tokens, _ = merge(tokens, sizes, edges, protected)
             groups = merge_groups(groups, edges, protected)
-            branch = layer.mlp(getattr(layer, norm2)(tokens))
+            branch = getattr(layer, norm2)(tokens)
+            for path in mlp[0] if mlp else ("mlp",):
+                branch = part(layer, path)(branch)
             tokens = tokens + (getattr(layer, scale2)(branch) if scale2 else branch)
         outputs.append(tokens)
         all_groups.append(groups)

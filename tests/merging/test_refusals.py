@@ -1,5 +1,5 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""The reasons for which model types are refused: each names a real type, and a model of that type is refused with it."""
+"""Why model types are refused: each reason names a real type, and a model of that type is refused with it."""
 
 import importlib
 import inspect

@@ -21,12 +21,6 @@ def tiny_pixtral():
     )
 
 
-def tiny_mgp_str():
-    return hf.MgpstrConfig(
-        image_size=[32, 32], patch_size=4, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-
-
 def siglip2():
     return hf.Siglip2VisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 
@@ -42,7 +36,6 @@ def tiny_bert():
         (tiny_swin, "'swin': it attends within windows"),
         (tiny_beit, "'beit': its attention is built to add a bias"),
         (tiny_pixtral, "'pixtral': it joins all images"),
-        (lambda: hf.MgpstrForSceneTextRecognition(tiny_mgp_str()), "'mgp-str': its queries, keys and values come from"),
         (lambda: hf.Siglip2VisionModel(siglip2()), "'siglip2_vision_model': it pads images"),
         (tiny_bert, r"'bert': it reads text.*\. Supported model types: .*vit"),
         (lambda: hf.CLIPTextModel(clip().text_config), "'clip_text_model': it reads text"),

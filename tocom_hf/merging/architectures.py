@@ -30,8 +30,11 @@ class Architecture:
         mlp_branch: What makes the second branch, in this order: layer norm, MLP, layer scale, dropout or drop path.
         query, key, value, output: Names of the projections in the attention block. `output` is `None` where it stands
             in `attention_branch`.
-        dropout, scaling, head_dim: Names of its attention dropout probability, of its logit scale, and of the number of
-            channels of a head.
+        qkv: Name of the one projection, in the attention block, whose outputs are query, key and value, a third each in
+            this order, in place of the three; `None` where they are three.
+        dropout, scaling, head_dim: Names of its attention dropout (a probability, or a module), of its logit scale, and
+            of the number of channels of a head.
+        num_heads: Name of the number of its heads, where it keeps that and not `head_dim`.
         positions: How attention rotates queries and keys by position, or `None` where it does not.
         returns_weights: Whether a layer returns its attention weights beside its hidden states.
         passes_kwargs: Whether keyword arguments of the backbone's forward reach its layers.
@@ -55,9 +58,11 @@ class Architecture:
     key: str = "k_proj"
     value: str = "v_proj"
     output: str | None = "o_proj"
+    qkv: str | None = None
     dropout: str = "attention_dropout"
     scaling: str = "scaling"
     head_dim: str = "head_dim"
+    num_heads: str | None = None
     positions: Positions | None = None
     returns_weights: bool = False
     passes_kwargs: bool = True
@@ -97,6 +102,8 @@ _CLIP = Architecture(
     scaling="scale",
     restore=True,
 )
+_BLIP = replace(_CLIP, qkv="qkv", output="projection")
+_BLIP_2 = replace(_BLIP, dropout="attention_dropout")
 
 # keyed by `config.model_type` of the backbone
 ARCHITECTURES: dict[str, Architecture] = {
@@ -117,6 +124,26 @@ ARCHITECTURES: dict[str, Architecture] = {
     "siglip_vision_model": replace(_CLIP, protected=0),
     "ijepa": Architecture(protected=0, restore=True),
     "audio-spectrogram-transformer": Architecture(protected=2, spectrograms=True),
+    # query, key and value from one projection
+    "blip_vision_model": _BLIP,
+    "blip_2_vision_model": _BLIP_2,
+    "instructblip_vision_model": _BLIP_2,
+    "instructblipvideo_vision_model": _BLIP_2,
+    "mgp-str": Architecture(
+        layers="encoder.blocks",
+        attention="attn",
+        norm_before="norm1",
+        attention_branch=("attn.proj_drop", "drop_path"),
+        mlp_branch=("norm2", "mlp", "drop_path"),
+        qkv="qkv",
+        output="proj",
+        dropout="attn_drop",
+        scaling="scale",
+        num_heads="num_heads",
+        returns_weights=True,
+        passes_kwargs=False,
+        restore=True,
+    ),
 }
 
 

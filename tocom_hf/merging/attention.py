@@ -57,6 +57,10 @@ def attend(
     """
     if bias is not None and bias.dtype != key.dtype:
         bias = None
+    stock_module = sys.modules[module.stock_class.__module__]  # type: ignore[union-attr]
+    if not hasattr(stock_module, "eager_attention_forward"):
+        # what the block does itself, whatever implementation the configuration names
+        return attend_eagerly(query, key, value, sizes, scaling, dropout, bias)
     implementation = cast(str, module.config._attn_implementation)  # type: ignore[union-attr]
     if implementation == "sdpa" and not kwargs and _is_stock(implementation):
         # what transformers' function does for these models, without its questions about others
@@ -72,16 +76,37 @@ def attend(
             )
         return attend_with_score_mod(query, key, value, sizes, scaling, _compiled_flex(module)), None
     mask = None
+    head_dim = value.shape[-1]
     if sizes is not None:
         if "flash" in implementation:  # these kernels take no bias
             query, key, value = extend_heads(query, key, value, sizes, scaling)
         else:
             mask = proportional_bias(sizes, key.dtype) if bias is None else bias
-    stock_module = sys.modules[module.stock_class.__module__]  # type: ignore[union-attr]
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, stock_module.eager_attention_forward)
     output, weights = attention(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     # cuts off the channels that extend_heads added
-    return output[..., : module.head_dim], weights
+    return output[..., :head_dim], weights
+
+
+def attend_eagerly(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sizes: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention step by step, for blocks that know no other implementation. Takes what `attend` takes.
+
+    Returns:
+        `(batch, queries, heads, head_dim)`, and the attention weights, `(batch, heads, queries, tokens)`.
+    """
+    logits = query @ key.transpose(-1, -2) * scaling  # (batch, heads, queries, tokens)
+    if sizes is not None:
+        logits = logits + (proportional_bias(sizes, key.dtype) if bias is None else bias)
+    weights = F.dropout(logits.softmax(dim=-1), dropout, training=dropout > 0)
+    return (weights @ value).transpose(1, 2), weights
 
 
 def proportional_bias(sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -178,7 +178,7 @@ class MergingAttention(Merging):
             value.transpose(1, 2),
             call.sizes if settings.proportional_attention else None,
             scaling=getattr(self, names.scaling),
-            dropout=getattr(self, names.dropout) if self.training else 0.0,
+            dropout=_dropout_of(getattr(self, names.dropout)) if self.training else 0.0,
             bias=call.bias if settings.proportional_attention else None,
             **kwargs,
         )
@@ -206,13 +206,20 @@ class MergingAttention(Merging):
     def _project(self, hidden_states: torch.Tensor, queries: int | None) -> list[torch.Tensor]:
         """Query, key and value: `(batch, queries, heads, head_dim)` and twice `(batch, tokens, heads, head_dim)`."""
         names = self.tome_architecture
-        head_dim = getattr(self, names.head_dim)
-        querying = hidden_states if queries is None else hidden_states[:, :queries]
-        projected = [
-            getattr(self, names.query)(querying),
-            getattr(self, names.key)(hidden_states),
-            getattr(self, names.value)(hidden_states),
-        ]
+        if names.qkv is None:
+            querying = hidden_states if queries is None else hidden_states[:, :queries]
+            projected = [
+                getattr(self, names.query)(querying),
+                getattr(self, names.key)(hidden_states),
+                getattr(self, names.value)(hidden_states),
+            ]
+        else:
+            query, key, value = getattr(self, names.qkv)(hidden_states).chunk(3, dim=-1)
+            projected = [query if queries is None else query[:, :queries], key, value]
+        if names.num_heads is None:
+            head_dim = getattr(self, names.head_dim)
+        else:
+            head_dim = projected[1].shape[-1] // getattr(self, names.num_heads)
         return [part.view(*part.shape[:-1], -1, head_dim) for part in projected]
 
 
@@ -253,3 +260,8 @@ def _through(layer: nn.Module, names: tuple[str, ...], hidden_states: torch.Tens
         part = find_part(layer, name)
         hidden_states = part(hidden_states) if callable(part) else part * hidden_states
     return hidden_states
+
+
+def _dropout_of(dropout: nn.Dropout | float) -> float:
+    """The probability that an attention block keeps as a number or as a module."""
+    return dropout.p if isinstance(dropout, nn.Dropout) else dropout

@@ -16,7 +16,6 @@ _BIASED = "its attention is built to add a bias for every pair of grid positions
 _INDEXED = "its attention counts the position of a token from its place in the sequence, which merging changes"
 _TABLE = "it rotates queries and keys by a table that is made once for the whole grid, with the class token at its end"
 _PADDED = "it pads images of different shapes to one length, and merging takes no padding mask"
-_FUSED = "its queries, keys and values come from one fused layer, which merging and plugins do not address"
 _HIERARCHICAL = "it pools or strides over the token grid between its stages, which merged tokens no longer form"
 _PACKED = (
     "it packs the tokens of all images into one sequence without a batch, and joins neighbours of the grid behind its "
@@ -69,7 +68,6 @@ REASONS: dict[str, str] = {
     "vjepa2": _INDEXED,
     "llama4_vision_model": _TABLE,
     "siglip2_vision_model": _PADDED,
-    "mgp-str": _FUSED,
     **dict.fromkeys(("pvt", "pvt_v2", "cvt", "segformer", "glpn", "mobilevit"), _HIERARCHICAL),
     **dict.fromkeys(("qwen2_vl_vision", "glm4v_vision", "qwen3_5_vision"), _PACKED),
     **dict.fromkeys(("qwen2_5_vl_vision", "qwen2_5_omni_vision_encoder"), _PACKED_WINDOWS),
