@@ -45,7 +45,16 @@ def make_plugins(model, max_r=6, rank=2, seed=1, size=0.3, target_modules=None, 
     shapes = None if target_modules is None else backbone.find_target_modules(target_modules)
     generator = torch.Generator().manual_seed(seed)
 
+    joined = shapes is None and backbone.architecture.qkv is not None
+
     def factors(layer):
+        if joined:  # a LoRA of query and one of value, of rank `rank` each
+            out = layer.out_features // 3
+            lora_A = size * torch.randn(2 * rank, layer.in_features, generator=generator)
+            lora_B = torch.zeros(3 * out, 2 * rank)
+            lora_B[:out, :rank] = size * torch.randn(out, rank, generator=generator)
+            lora_B[2 * out :, rank:] = size * torch.randn(out, rank, generator=generator)
+            return Factors(lora_A, lora_B)
         lora_A = size * torch.randn(rank, layer.in_features, generator=generator)
         return Factors(lora_A, size * torch.randn(layer.out_features, rank, generator=generator))
 

@@ -12,6 +12,7 @@ from torch import nn
 from tocom_hf.distillation.keyed_random import fold, keep_mask
 from tocom_hf.merging.architectures import Backbone
 from tocom_hf.plugins.composition import Adapter, Factors, chain
+from tocom_hf.plugins.fused import join_query_and_value, split_query_and_value
 
 
 class ActiveChain(NamedTuple):
@@ -34,6 +35,9 @@ class PluginChain(nn.Module):
     The factors of plugin `P_i_i+1` are rows `i * rank .. (i + 1) * rank`, so the chain between two degrees is a
     contiguous slice, whatever its length. Query and value (and key) read the same input, so they share one matrix
     product with `lora_A`: with query and value alone, a layer costs three small ones.
+
+    Where query, key and value are one projection, the plugins of query and value are the same two parts, added to their
+    thirds of its output: the key has none, so training cannot change it.
 
     The branches are not part of the model: only the projections that call them are. What wraps or shards the model's
     weights leaves them alone.
@@ -60,6 +64,7 @@ class PluginChain(nn.Module):
         self.max_r = max_r
         self.rank = rank
         self.scale = scale
+        self.fused = target_modules is None and backbone.architecture.qkv is not None
         self.layers = nn.ModuleList()
         self.paths: list[list[str]] = []
         for group in _groups(backbone, target_modules):
@@ -69,9 +74,15 @@ class PluginChain(nn.Module):
                 parts = paths[start : start + len(group)]
                 # that of query and value is the number of the layer
                 index = len(self.layers)
-                layer = LayerBranch(index, cast(nn.Linear, projections[parts[0]]), len(parts), max_r * rank, dropout)
+                base = cast(nn.Linear, projections[parts[0]])
+                thirds = 3 if self.fused else 1
+                count = 2 if self.fused else len(parts)
+                layer = LayerBranch(index, base, count, max_r * rank, dropout, base.out_features // thirds)
                 self.layers.append(layer)
                 self.paths.append(parts)
+                if self.fused:
+                    backbone.module.set_submodule(parts[0], FusedProjectionWithPlugins(base, layer))
+                    continue
                 for part, path in enumerate(parts):
                     backbone.module.set_submodule(path, ProjectionWithPlugins(projections[path], layer, part))
 
@@ -94,8 +105,10 @@ class PluginChain(nn.Module):
         for index in range(self.max_r):
             rows = self._rows_of(index)
             for layer, paths in zip(self._layers(), self.paths, strict=True):
-                for part, path in enumerate(paths):
-                    factors = adapters[index][path]
+                found = [adapters[index][path] for path in paths]
+                if self.fused:
+                    found = [*split_query_and_value(found[0])]
+                for part, factors in enumerate(found):
                     layer.lora_A[part, rows] = factors.lora_A.to(layer.lora_A)  # (rank, in)
                     layer.lora_B[part, rows] = factors.lora_B.t().to(layer.lora_B)  # (rank, out)
 
@@ -105,8 +118,10 @@ class PluginChain(nn.Module):
         for index in range(self.max_r):
             adapter = {}
             for layer, paths in zip(self._layers(), self.paths, strict=True):
-                for part, path in enumerate(paths):
-                    adapter[path] = layer.factors(part, self._rows_of(index))
+                found = [layer.factors(part, self._rows_of(index)) for part in range(len(layer.lora_A))]
+                if self.fused:
+                    found = [join_query_and_value(*found)]
+                adapter.update(zip(paths, found, strict=True))
             adapters[index] = adapter
         return adapters
 
@@ -136,15 +151,16 @@ class LayerBranch(nn.Module):
         parts: How many there are.
         rows: Of one part: rank times number of plugins.
         dropout: Dropout probability between the two factors.
+        out_features: Number of outputs of a part.
     """
 
-    def __init__(self, index: int, base: nn.Linear, parts: int, rows: int, dropout: float):
+    def __init__(self, index: int, base: nn.Linear, parts: int, rows: int, dropout: float, out_features: int):
         super().__init__()
         device = base.weight.device
         self.index = index
         self.dropout = dropout
         self.lora_A = nn.Parameter(torch.empty(parts, rows, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(parts, rows, base.out_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(parts, rows, out_features, device=device))
         # the bound of kaiming_uniform_ with a = sqrt(5), which is what PEFT starts with
         nn.init.uniform_(self.lora_A, -1 / math.sqrt(base.in_features), 1 / math.sqrt(base.in_features))
         self.active: ActiveChain | None = None
@@ -215,6 +231,24 @@ class ProjectionWithPlugins(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.branch(hidden_states, self.base(hidden_states), self.part)
+
+
+class FusedProjectionWithPlugins(nn.Module):
+    """A frozen projection to query, key and value, and the branches beside its query and its value."""
+
+    branch: LayerBranch
+
+    def __init__(self, base: nn.Module, branch: LayerBranch):
+        super().__init__()
+        self.base = base
+        # the branch belongs to the chain, as above
+        object.__setattr__(self, "branch", branch)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.base(hidden_states).chunk(3, dim=-1)  # (batch, tokens, out) each
+        query = self.branch(hidden_states, query, 0)
+        value = self.branch(hidden_states, value, 1)
+        return torch.cat([query, key, value], dim=-1)  # (batch, tokens, 3 out)
 
 
 def _groups(backbone: Backbone, target_modules: Iterable[str] | None) -> list[list[str]]:

@@ -74,13 +74,20 @@ class Architecture:
     fine_tuned_as: str | None = None
 
     @property
-    def query_and_value(self) -> tuple[str, str]:
-        """Names, in a transformer layer, of the projections that the paper's plugins apply to."""
+    def query_and_value(self) -> tuple[str, ...]:
+        """Names, in a transformer layer, of the projections that the paper's plugins apply to.
+
+        One where query, key and value are one projection: plugins change its rows of query and value alone.
+        """
+        if self.qkv is not None:
+            return (f"{self.attention}.{self.qkv}",)
         return f"{self.attention}.{self.query}", f"{self.attention}.{self.value}"
 
     @property
     def attention_inputs(self) -> tuple[str, ...]:
         """Names, in a transformer layer, of the projections that read the normalised input of attention."""
+        if self.qkv is not None:
+            return (f"{self.attention}.{self.qkv}",)
         return tuple(f"{self.attention}.{name}" for name in (self.query, self.key, self.value))
 
 
@@ -215,7 +222,8 @@ class Backbone(NamedTuple):
                     f"{', '.join(linear)}. Name some of these, or all-linear."
                 )
             found |= matches
-        if found == {*self.architecture.query_and_value}:
+        # a fused projection that is named is meant with the rows of the key
+        if self.architecture.qkv is None and found == {*self.architecture.query_and_value}:
             return None
         return {path: (part.out_features, part.in_features) for path, part in linear.items() if path in found}
 

@@ -13,6 +13,7 @@ from tocom_hf.errors import PluginFileError
 from tocom_hf.merging.architectures import Architecture
 from tocom_hf.plugins.composition import Adapter, Factors
 from tocom_hf.plugins.config import CONFIG_NAME, PluginSetConfig
+from tocom_hf.plugins.fused import is_query_and_value
 from tocom_hf.storage.json_files import read_json
 from tocom_hf.storage.repository import Repository, require_small_header
 
@@ -47,10 +48,20 @@ def read_adapter(repository: Repository, name: str, config: PluginSetConfig) -> 
     """
     layers = config.shapes()
     _check_adapter_config(repository.path(f"{name}/{ADAPTER_CONFIG}"), config, list(layers))
-    shapes = {_key(layer, "A"): (config.rank, columns) for layer, (_, columns) in layers.items()}
-    shapes |= {_key(layer, "B"): (rows, config.rank) for layer, (rows, _) in layers.items()}
-    tensors = _read_tensors(repository.path(f"{name}/{ADAPTER_WEIGHTS}"), shapes)
-    return {layer: Factors(tensors[_key(layer, "A")], tensors[_key(layer, "B")]) for layer in layers}
+    rank = config.lora_rank
+    shapes = {_key(layer, "A"): (rank, columns) for layer, (_, columns) in layers.items()}
+    shapes |= {_key(layer, "B"): (rows, rank) for layer, (rows, _) in layers.items()}
+    path = repository.path(f"{name}/{ADAPTER_WEIGHTS}")
+    tensors = _read_tensors(path, shapes)
+    adapter = {layer: Factors(tensors[_key(layer, "A")], tensors[_key(layer, "B")]) for layer in layers}
+    wrong = [layer for layer in layers if config.joins_query_and_value and not is_query_and_value(adapter[layer])]
+    if wrong:
+        raise PluginFileError(
+            f"{path}: {_key(wrong[0], 'B')} changes more than query and value. Expected zeros but in the query's rows "
+            f"of the first {config.rank} columns and in the value's rows of the others; name the layer in "
+            f"target_modules of {CONFIG_NAME} to change all of it."
+        )
+    return adapter
 
 
 def write_adapter(folder: Path, adapter: Adapter, scale: float, base_model: str | None) -> None:
@@ -92,13 +103,14 @@ def _key(layer: str, factor: str) -> str:
 def _check_adapter_config(path: Path, config: PluginSetConfig, layers: list[str]) -> None:
     """Stock PEFT may load this file too, so nothing in it may switch on more than plain LoRA on the listed layers."""
     found = read_json(path)
-    wanted = {"peft_type": "LORA", "r": config.rank}
+    wanted = {"peft_type": "LORA", "r": config.lora_rank}
     problems = [
         f"{key} is {found.get(key)!r}, not {value!r}" for key, value in wanted.items() if found.get(key) != value
     ]
     alpha: Any = found.get("lora_alpha")
-    if not _is_number(alpha) or abs(alpha - config.trained_scale * config.rank) > 1e-6:
-        problems.append(f"lora_alpha is {alpha!r}, not trained_scale * rank = {config.trained_scale * config.rank:g}")
+    promised = config.trained_scale * config.lora_rank
+    if not _is_number(alpha) or abs(alpha - promised) > 1e-6:
+        problems.append(f"lora_alpha is {alpha!r}, not trained_scale * rank = {promised:g}")
     modules, expected = found.get("target_modules"), _target_modules(layers)
     names = modules if isinstance(modules, list) and all(isinstance(name, str) for name in modules) else []
     if {*names} != {*expected}:

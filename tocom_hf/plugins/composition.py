@@ -93,7 +93,7 @@ def sum_chain(adapters: Iterable[Adapter], *, source_r: int, target_r: int, scal
         scale: The factor s.
 
     Returns:
-        The composite, of rank `|n - m|` times the rank of one plugin.
+        The composite, of rank `|n - m|` times the rank of one plugin as PEFT counts it.
     """
     _, sign = chain(source_r, target_r)
     adapters = list(adapters)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tocom_hf.errors import ArgumentError, BackboneMismatchError, DegreeError, PluginFileError
-from tocom_hf.merging.architectures import ARCHITECTURES, Backbone, projection_paths, unsupported
+from tocom_hf.merging.architectures import ARCHITECTURES, Backbone, find_part, projection_paths, unsupported
 from tocom_hf.merging.recipes import MergeRecipe
 from tocom_hf.storage.json_files import read_json
 from tocom_hf.version import __version__
@@ -88,7 +88,7 @@ class PluginSetConfig:
         min_r, max_r: The degrees that the set covers.
         source_r: The one degree that weights can be trained at, for a set distilled with
             `DistillationArguments(source_r=...)`; `None` for any. Weights of another degree run at that alone.
-        rank: Rank h of one plugin.
+        rank: Rank h of one plugin, of each layer that it changes.
         target_modules: The linear layers that plugins apply to, as the shapes of their weights, `(out, in)`, by name in
             a transformer layer; `None` for query and value, as in the paper.
         trained_scale: The factor s during distillation.
@@ -118,12 +118,23 @@ class PluginSetConfig:
     license: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def joins_query_and_value(self) -> bool:
+        """Whether the plugins of query and value are one LoRA of a fused layer, see `tocom_hf.plugins.fused`."""
+        return self.target_modules is None and ARCHITECTURES[self.backbone.model_type].qkv is not None
+
+    @property
+    def lora_rank(self) -> int:
+        """Rank of a plugin as PEFT counts it: that of query and of value together, where they are one LoRA."""
+        return 2 * self.rank if self.joins_query_and_value else self.rank
+
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The shapes of the weights that the plugins change, `(out, in)`, by path in the backbone."""
         facts = self.backbone
         paths = projection_paths(facts.model_type, facts.num_hidden_layers, self.target_modules)
         if self.target_modules is None:
-            return dict.fromkeys(paths, (facts.hidden_size, facts.hidden_size))
+            rows = 3 * facts.hidden_size if self.joins_query_and_value else facts.hidden_size
+            return dict.fromkeys(paths, (rows, facts.hidden_size))
         # layer by layer, as the paths are
         return dict(zip(paths, itertools.cycle(self.target_modules.values()), strict=False))
 
@@ -298,8 +309,11 @@ def _sketch(backbone: Backbone) -> tuple[float, ...]:
     names = backbone.architecture
     samples: list[float] = []
     for layer in backbone.layers:
-        attention = getattr(layer, names.attention)
-        weight = getattr(attention, names.key).weight.flatten()
+        attention = find_part(layer, names.attention)
+        if names.qkv is None:
+            weight = getattr(attention, names.key).weight.flatten()
+        else:
+            weight = getattr(attention, names.qkv).weight.chunk(3)[1].flatten()
         step = weight.numel() // _SKETCH_SIZE
         index = torch.arange(_SKETCH_SIZE, device=weight.device) * step
         values = weight[index].float().tolist()
