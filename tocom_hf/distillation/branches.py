@@ -116,7 +116,7 @@ class PluginChain(nn.Module):
         """The plugins by index, as float32 copies on the CPU."""
         adapters: dict[int, dict[str, Factors]] = {}
         for index in range(self.max_r):
-            adapter = {}
+            adapter: dict[str, Factors] = {}
             for layer, paths in zip(self._layers(), self.paths, strict=True):
                 found = [layer.factors(part, self._rows_of(index)) for part in range(len(layer.lora_A))]
                 if self.fused:
