@@ -16,6 +16,11 @@ COMMON = {
 PRE_NORM = ("layernorm_before", "attention", None, "layernorm_after", None, "o_proj")
 DINO = ("norm1", "attention", "layer_scale1", "norm2", "layer_scale2", "o_proj")
 CLIP = ("layer_norm1", "self_attn", None, "layer_norm2", None, "out_proj")
+VIDEOMAE = (
+    *("layernorm_before", "attention.attention", None, "layernorm_after", None, "attention.output.dense"),
+    ("intermediate", "output.dense"),
+)
+VJEPA2 = ("norm1", "attention", None, "norm2", None, "proj")
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Family:
     audio: bool = False
     angles_of: Any = None  # of rotary positions, see `reference.rotate`
     turn: Any = None  # of rotary positions of other kinds, see `reference.hidden_states`
+    clips: str | None = None  # what the model calls its clips, `(batch, 8, 3, 16, 16)`
 
     def __str__(self):
         return self.model_class.__name__
@@ -50,6 +56,8 @@ class Family:
         generator = torch.Generator().manual_seed(seed)
         if self.audio:
             return {"input_values": torch.randn(batch, 32, 32, generator=generator)}
+        if self.clips:
+            return {self.clips: torch.randn(batch, 8, 3, 16, 16, generator=generator)}
         inputs = {"pixel_values": torch.randn(batch, 3, 32, 32, generator=generator)}
         if self.model_class is hf.ViTMAEModel:  # which shuffles the patches by noise; ascending noise keeps their order
             inputs["noise"] = torch.linspace(0, 1, 64).repeat(batch, 1)
@@ -106,6 +114,44 @@ def dinov3_angles(position):
     row, column = divmod(position - 3, 8)
     centres = [(2 * place + 1) / 8 - 1 for place in (row, column)]
     return torch.tensor([2 * math.pi * c * f for c in centres for f in (1, 0.1)], dtype=torch.float64)
+
+
+CLIP_SIZES = {**COMMON, "image_size": 16, "num_frames": 8}  # 4 x 4 x 4 tokens
+
+
+def videomae(**settings):
+    return hf.VideoMAEConfig(**{**CLIP_SIZES, "tubelet_size": 2, **settings})
+
+
+def vivit(**settings):
+    settings = {**CLIP_SIZES, "tubelet_size": [2, 4, 4], **settings}
+    return hf.VivitConfig(**{key: value for key, value in settings.items() if key != "patch_size"})
+
+
+def vjepa2(**settings):
+    common = {key: value for key, value in COMMON.items() if key not in ("image_size", "intermediate_size")}
+    sizes = {"crop_size": 16, "frames_per_clip": 8, "tubelet_size": 2, "mlp_ratio": 2, "num_attention_heads": 2}
+    predictor = {"pred_hidden_size": 24, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
+    return hf.VJEPA2Config(**{**common, **sizes, **predictor, "num_pooler_layers": 1, **settings})
+
+
+def vjepa2_turn(heads, groups, grid=4):
+    """Four channels for each of frame, row and column on a grid of `grid` x `grid`; the last four do not turn.
+
+    Channel `i` of an axis turns against its neighbour, by the angle that stands at `i` when all angles are written
+    twice in a row: 1, 0.01, 1, 0.01 times the coordinate.
+    """
+    turned = heads.clone()
+    for token, group in enumerate(groups):
+        places = [(p // grid**2, p // grid % grid, p % grid) for p in group]
+        mean = [sum(place[axis] for place in places) / len(places) for axis in range(3)]
+        for axis in range(3):
+            for i in range(4):
+                angle = mean[axis] * (1.0, 0.01)[i % 2]
+                channel = 4 * axis + i
+                partner = heads[token, :, channel - 1] if i % 2 else -heads[token, :, channel + 1]
+                turned[token, :, channel] = heads[token, :, channel] * math.cos(angle) + partner * math.sin(angle)
+    return turned
 
 
 def encoder_decoder(encoder=None):
@@ -191,4 +237,18 @@ FAMILIES = [
 ]
 
 # like one of the above in all that merging does: tested in full by the slow tests, in the others for what decides
-SIMILAR: list[Family] = [*of_fused_projections()]
+SIMILAR: list[Family] = [
+    *of_fused_projections(),
+    # video
+    Family(hf.VideoMAEForVideoClassification, videomae, 0, "videomae.encoder.layer", VIDEOMAE, clips="pixel_values"),
+    Family(
+        hf.VJEPA2ForVideoClassification,
+        vjepa2,
+        0,
+        "vjepa2.encoder.layer",
+        VJEPA2,
+        turn=vjepa2_turn,
+        clips="pixel_values_videos",
+    ),
+    Family(hf.VivitForVideoClassification, vivit, 1, "vivit.layers", PRE_NORM, clips="pixel_values"),
+]

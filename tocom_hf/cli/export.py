@@ -58,7 +58,7 @@ def find_processor(args: argparse.Namespace, model: Any) -> Any:
     if args.processor is not None:
         return load_processor(args.processor) if args.processor else False
     path = getattr(model, "_tocom_path", None)
-    if find_backbone(model, path).architecture.spectrograms:
+    if find_backbone(model, path).architecture.inputs != "images":
         return False
     try:
         return load_processor(args.model)

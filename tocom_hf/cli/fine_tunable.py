@@ -55,10 +55,12 @@ def find_classifier(config: "PreTrainedConfig", name: str) -> Classifier:
     found = supported_types(config)
     if not found:
         raise unsupported(config)
-    if any(ARCHITECTURES[model_type].spectrograms for model_type in found):
+    kinds = {ARCHITECTURES[model_type].inputs for model_type in found}
+    if "images" not in kinds:
         raise UnsupportedModelError(
-            f"{name} takes spectrograms ({config.model_type}), and this command fine-tunes on images. Train it with "
-            "transformers' Trainer after apply_tome(model, r), and pass source_r=r to TocomModel.from_pretrained."
+            f"{name} takes {' and '.join(kinds)} ({config.model_type}), and this command fine-tunes on images. "
+            "Train it with transformers' Trainer after apply_tome(model, r), and pass source_r=r to "
+            "TocomModel.from_pretrained."
         )
     if config.model_type in towers:
         return towers[config.model_type]

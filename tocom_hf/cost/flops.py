@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 
 from tocom_hf.errors import ArgumentError
 from tocom_hf.merging.architectures import Backbone, find_backbone
-from tocom_hf.merging.inputs import as_pair, model_inputs
+from tocom_hf.merging.inputs import as_pair, clip_shape, model_inputs
 from tocom_hf.merging.patching import get_settings, merging_at
 from tocom_hf.merging.schedule import Schedule, require_degree, tokens_per_layer
 from tocom_hf.merging.state import MergeSettings
 
 
 def count_flops(model: PreTrainedModel, r: int, image_size: int | tuple[int, int] | None = None) -> int:
-    """Floating-point operations for one image at a degree, as `torch.utils.flop_counter` counts them.
+    """Floating-point operations for one image (spectrogram, clip) at a degree, as `torch.utils.flop_counter` counts.
 
     A multiply-add is two operations; papers that count multiply-adds report half. Attention is counted as the two
     matrix products that it consists of, whichever kernel the model uses.
@@ -27,12 +27,12 @@ def count_flops(model: PreTrainedModel, r: int, image_size: int | tuple[int, int
     Args:
         model: A supported model. It is left as it was.
         r: The degree.
-        image_size: Height and width in pixels; by default those of the model's configuration.
+        image_size: Height and width in pixels; by default those of the model's configuration. Only for images.
 
     Raises:
         UnsupportedModelError: if the architecture is not supported.
         DegreeError: if `r` is not a degree.
-        ArgumentError: if the image size is out of range.
+        ArgumentError: if the image size is out of range, or the model takes no images.
 
     Example:
 
@@ -69,7 +69,7 @@ class Example(NamedTuple):
         backbone: The model's backbone.
         module: What is run: the model, or its vision backbone alone where the model wants text too, as one that
             describes images does.
-        batch: The inputs, `(batch, channels, height, width)` for images, on the model's device and in its dtype.
+        batch: The inputs, as `Architecture.inputs` has them, on the model's device and in its dtype.
     """
 
     backbone: Backbone
@@ -78,26 +78,25 @@ class Example(NamedTuple):
 
     @classmethod
     def of(cls, backbone: Backbone, image_size: int | tuple[int, int] | None, batch_size: int) -> "Example":
-        """Random inputs of a size, by default the one that the model's configuration names."""
+        """Random inputs of a size, by default the one that the model's configuration names.
+
+        Raises:
+            ArgumentError: if the size is out of range, or is given for a model that takes no images.
+        """
         model = backbone.model
-        config = backbone.module.config
-        generator = torch.Generator().manual_seed(0)
-        if not backbone.architecture.spectrograms:
-            height, width = _image_size(config.image_size if image_size is None else image_size)
-            patch_height, patch_width = as_pair(config.patch_size)
-            if height < patch_height or width < patch_width:
-                raise ArgumentError(
-                    f"image_size must be at least a patch of {patch_height} x {patch_width}, got {image_size!r}."
-                )
-            # neighbouring patches resemble each other, as in photographs
-            coarse = torch.randn(batch_size, config.num_channels, 8, 8, generator=generator)
-            batch = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
-        elif image_size is None:
-            batch = torch.randn(batch_size, config.max_length, config.num_mel_bins, generator=generator)
-        else:
+        kind = backbone.architecture.inputs
+        if kind != "images" and image_size is not None:
             raise ArgumentError(
-                f"{type(model).__name__} takes {backbone.module.main_input_name}, not images: leave image_size out."
+                f"{type(model).__name__} takes {kind}, not images, and only at the size that its configuration names: "
+                "leave image_size out."
             )
+        generator = torch.Generator().manual_seed(0)
+        if kind == "spectrograms":
+            batch = _spectrograms(backbone, batch_size, generator)
+        elif kind == "clips":
+            batch = _clips(backbone, batch_size, generator)
+        else:
+            batch = _images(backbone, image_size, batch_size, generator)
         images_suffice = model.main_input_name == backbone.module.main_input_name and not _wants_text(model)
         module = model if images_suffice else backbone.module
         return cls(backbone, module, batch.to(next(model.parameters()).device, model.dtype))
@@ -129,6 +128,36 @@ class Example(NamedTuple):
         if settings.class_tokens_only:
             tokens[-1] = backbone.protected
         return DegreeCount((entering[0], *tokens), counter.get_total_flops())
+
+
+def _images(
+    backbone: Backbone, image_size: int | tuple[int, int] | None, batch_size: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Random images, `(batch, channels, height, width)`."""
+    config = backbone.module.config
+    height, width = _image_size(config.image_size if image_size is None else image_size)
+    patch_height, patch_width = as_pair(config.patch_size)
+    if height < patch_height or width < patch_width:
+        raise ArgumentError(
+            f"image_size must be at least a patch of {patch_height} x {patch_width}, got {image_size!r}."
+        )
+    # neighbouring patches resemble each other, as in photographs
+    coarse = torch.randn(batch_size, config.num_channels, 8, 8, generator=generator)
+    return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
+
+
+def _spectrograms(backbone: Backbone, batch_size: int, generator: torch.Generator) -> torch.Tensor:
+    """Random spectrograms, `(batch, frames, mel bins)`."""
+    config = backbone.module.config
+    return torch.randn(batch_size, config.max_length, config.num_mel_bins, generator=generator)
+
+
+def _clips(backbone: Backbone, batch_size: int, generator: torch.Generator) -> torch.Tensor:
+    """Random clips, `(batch, frames, channels, height, width)`, in which neighbours in space and time are alike."""
+    frames, channels, height, width = clip_shape(backbone)
+    coarse = torch.randn(batch_size, channels, 4, 8, 8, generator=generator)
+    fine = torch.nn.functional.interpolate(coarse, (frames, height, width), mode="trilinear")
+    return fine.transpose(1, 2)
 
 
 def _wants_text(model: PreTrainedModel) -> bool:

@@ -25,7 +25,7 @@ def processor_config(processor: Any, subject: Subject) -> dict[str, Any] | None:
     Raises:
         ArgumentError: if it does what cannot be done without transformers, or makes inputs of another size.
     """
-    takes_images = not subject.backbone.architecture.spectrograms
+    takes_images = subject.backbone.architecture.inputs == "images"
     if processor is None and takes_images:
         processor = _beside(subject)
     if processor is None or processor is False:

@@ -5,13 +5,13 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tocom_hf.errors import ArgumentError, UnsupportedModelError
-from tocom_hf.merging.positions import AxialRotary, Positions
+from tocom_hf.merging.positions import AxialRotary, ClipRotary, Positions
 from tocom_hf.merging.refusals import explain, parts_of
 
 
@@ -36,6 +36,7 @@ class Architecture:
             of the number of channels of a head.
         num_heads: Name of the number of its heads, where it keeps that and not `head_dim`.
         positions: How attention rotates queries and keys by position, or `None` where it does not.
+        eager_adds_mask: Whether the family's own eager attention adds a mask to its logits.
         returns_weights: Whether a layer returns its attention weights beside its hidden states.
         passes_kwargs: Whether keyword arguments of the backbone's forward reach its layers.
         protected: Number of class and distillation tokens at the front, which never merge.
@@ -43,8 +44,13 @@ class Architecture:
             merge either.
         restore: Whether heads of this family read patch tokens, so that merged tokens must be copied back to the
             positions that they came from.
+        restores_always: Whether the backbone itself reads tokens by their numbers, so that it cannot run without that.
+        token_mask: The argument of the backbone's forward that drops tokens, beside `attention_mask`, if it has one.
         shuffles_patches: Whether every call puts the patches in a random order, as masked autoencoders do.
-        spectrograms: Whether the model takes `input_values`, `(batch, frames, mel bins)`, instead of images.
+        inputs: What the model takes: images; spectrograms, `(batch, frames, mel bins)`; or clips,
+            `(batch, frames, channels, height, width)`.
+        input_name: What the backbone's forward calls them.
+        clip_sizes: Configuration attributes with the frames, the channels, and the height and width of a clip.
         fine_tuned_as: Model type that checkpoints become when they are fine-tuned, with the same layers; by default
             their own. Plugins of the one fit the other.
     """
@@ -64,13 +70,18 @@ class Architecture:
     head_dim: str = "head_dim"
     num_heads: str | None = None
     positions: Positions | None = None
+    eager_adds_mask: bool = True
     returns_weights: bool = False
     passes_kwargs: bool = True
     protected: int = 1
     registers: str | None = None
     restore: bool = False
+    restores_always: bool = False
+    token_mask: str | None = None
     shuffles_patches: bool = False
-    spectrograms: bool = False
+    inputs: Literal["images", "spectrograms", "clips"] = "images"
+    input_name: str = "pixel_values"
+    clip_sizes: tuple[str, str, str] = ("num_frames", "num_channels", "image_size")
     fine_tuned_as: str | None = None
 
     @property
@@ -130,7 +141,45 @@ ARCHITECTURES: dict[str, Architecture] = {
     "clip_vision_model": _CLIP,
     "siglip_vision_model": replace(_CLIP, protected=0),
     "ijepa": Architecture(protected=0, restore=True),
-    "audio-spectrogram-transformer": Architecture(protected=2, spectrograms=True),
+    "audio-spectrogram-transformer": Architecture(protected=2, inputs="spectrograms", input_name="input_values"),
+    # video
+    "videomae": Architecture(
+        layers="encoder.layer",
+        attention="attention.attention",
+        attention_branch=("attention.output.dense", "attention.output.dropout"),
+        mlp_branch=("layernorm_after", "intermediate", "output.dense", "output.dropout"),
+        query="query",
+        key="key",
+        value="value",
+        output=None,
+        dropout="dropout_prob",
+        head_dim="attention_head_size",
+        passes_kwargs=False,
+        protected=0,
+        restore=True,  # classifiers read the mean of all tokens
+        token_mask="bool_masked_pos",
+        inputs="clips",
+    ),
+    "vivit": Architecture(inputs="clips"),
+    "vjepa2": replace(
+        _DINOV2,
+        attention_branch=("drop_path",),
+        mlp_branch=("norm2", "mlp", "drop_path"),
+        query="query",
+        key="key",
+        value="value",
+        output="proj",
+        dropout="dropout_prob",
+        head_dim="attention_head_size",
+        positions=ClipRotary(),
+        eager_adds_mask=False,
+        returns_weights=True,
+        protected=0,
+        restores_always=True,  # its predictor takes tokens by their numbers
+        inputs="clips",
+        input_name="pixel_values_videos",
+        clip_sizes=("frames_per_clip", "in_chans", "crop_size"),
+    ),
     # query, key and value from one projection
     "blip_vision_model": _BLIP,
     "blip_2_vision_model": _BLIP_2,
@@ -338,6 +387,14 @@ def _refuse_unsound_use(backbone: Backbone) -> None:
         raise UnsupportedModelError(
             "Token merging supports the encoder of ViT-MAE without random masking. "
             "Load ViTMAEModel with config.mask_ratio = 0; the pre-training decoder needs every token."
+        )
+    # Both parts of a model for pre-training are of one type; the decoder of another model is a model of text.
+    one_type = backbone.model.config.model_type == backbone.module.config.model_type
+    if backbone.architecture.token_mask is not None and one_type and hasattr(backbone.model, "decoder"):
+        raise UnsupportedModelError(
+            f"Token merging does not support {type(backbone.model).__name__}: its decoder needs every token that "
+            f"{backbone.architecture.token_mask} leaves over. Load the model with its classifier, or its encoder alone "
+            "(AutoModel)."
         )
 
 

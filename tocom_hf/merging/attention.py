@@ -34,6 +34,7 @@ def attend(
     scaling: float,
     dropout: float = 0.0,
     bias: torch.Tensor | None = None,
+    eager_adds_mask: bool = True,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention in whichever implementation the model is set to, with keys that weigh by their sizes.
@@ -47,6 +48,7 @@ def attend(
         dropout: Of the attention weights.
         bias: What `proportional_bias` would return, where the caller has it already; not used in another dtype than
             that of the keys, as autocast makes them.
+        eager_adds_mask: Whether the family's own eager attention adds a mask to its logits.
         **kwargs: What the layer was called with besides, handed on to the implementation.
 
     Returns:
@@ -78,7 +80,8 @@ def attend(
     mask = None
     head_dim = value.shape[-1]
     if sizes is not None:
-        if "flash" in implementation:  # these kernels take no bias
+        # these kernels take no bias, and the eager attention of some families leaves out its mask
+        if "flash" in implementation or (implementation == "eager" and not eager_adds_mask):
             query, key, value = extend_heads(query, key, value, sizes, scaling)
         else:
             mask = proportional_bias(sizes, key.dtype) if bias is None else bias

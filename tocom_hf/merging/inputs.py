@@ -1,5 +1,5 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""The arguments that a model's forward needs for a batch of images."""
+"""The arguments that a model's forward needs for a batch of images or clips, and their sizes."""
 
 import inspect
 from collections.abc import Sequence
@@ -17,11 +17,15 @@ def model_inputs(module: PreTrainedModel, backbone: Backbone, pixel_values: torc
     Args:
         module: What is called: the whole model, or its backbone.
         backbone: The backbone in it.
-        pixel_values: `(batch, channels, height, width)`, or what the model takes instead.
+        pixel_values: `(batch, channels, height, width)`, or what the model takes instead (`Architecture.inputs`).
     """
     config = backbone.module.config
     inputs: dict[str, Any] = {module.main_input_name: pixel_values}
-    takes_any_size = "interpolate_pos_encoding" in inspect.signature(type(module).forward).parameters
+    parameters = inspect.signature(type(module).forward).parameters
+    if "skip_predictor" in parameters:  # what comes behind the encoder predicts masked parts, and changes none of it
+        inputs["skip_predictor"] = True
+    # of clips at other sizes, models scale their positions wrongly
+    takes_any_size = "interpolate_pos_encoding" in parameters and backbone.architecture.inputs == "images"
     trained_at = getattr(config, "image_size", None)
     if takes_any_size and trained_at is not None and as_pair(trained_at) != tuple(pixel_values.shape[2:]):
         inputs["interpolate_pos_encoding"] = True
@@ -29,6 +33,12 @@ def model_inputs(module: PreTrainedModel, backbone: Backbone, pixel_values: torc
         # without merging the order of the patches decides about rounding alone, but about that it does
         inputs["noise"] = ascending_noise(pixel_values, config)
     return inputs
+
+
+def clip_shape(backbone: Backbone) -> tuple[int, int, int, int]:
+    """Frames, channels, height and width of the clips that a backbone takes."""
+    frames, channels, size = (getattr(backbone.module.config, name) for name in backbone.architecture.clip_sizes)
+    return frames, channels, *as_pair(size)
 
 
 def ascending_noise(pixel_values: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:

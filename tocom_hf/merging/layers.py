@@ -180,6 +180,7 @@ class MergingAttention(Merging):
             scaling=getattr(self, names.scaling),
             dropout=_dropout_of(getattr(self, names.dropout)) if self.training else 0.0,
             bias=call.bias if settings.proportional_attention else None,
+            eager_adds_mask=names.eager_adds_mask,
             **kwargs,
         )
         output = output.reshape(*output.shape[:2], -1)

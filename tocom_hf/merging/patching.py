@@ -65,9 +65,9 @@ def apply_tome(
     Raises:
         UnsupportedModelError: if the architecture is not supported.
         DegreeError: if `r` is not a degree, or another one than that of a `TocomModel`, whose weights belong to it.
-        ArgumentError: if `class_tokens_only` contradicts `restore`, or the family has no class token; if several parts
-            could merge and `backbone` does not name one; if the recipe was made for a model with another number of
-            layers.
+        ArgumentError: if `class_tokens_only` contradicts `restore`, or the family has no class token; if `restore`
+            is False for a family that must be restored (V-JEPA 2); if several parts could merge and `backbone` does not
+            name one; if the recipe was made for a model with another number of layers.
 
     Example:
 
@@ -136,6 +136,11 @@ def set_merging(
         raise ArgumentError(
             f"class_tokens_only does not fit {type(backbone.model).__name__}, whose head reads patch tokens, nor "
             "restore=True."
+        )
+    if backbone.architecture.restores_always and not settings.restore:
+        raise ArgumentError(
+            f"{type(backbone.module).__name__} takes tokens by their numbers behind its last layer, so merged tokens "
+            "must be restored. Leave out restore=False."
         )
     if hook is None:
         _patch(backbone, MergeHook(settings, backbone, bound))
@@ -248,16 +253,19 @@ class MergeHook:
         self.shuffles_patches = backbone.architecture.shuffles_patches
         self.passes_kwargs = backbone.architecture.passes_kwargs
         self.layers_path = backbone.architecture.layers
-        # the position of the mask among the arguments of the backbone's forward
+        # the positions of masks among the arguments of the backbone's forward, `None` where it has no such argument
         names = list(inspect.signature(type(backbone.module).forward).parameters)[1:]
-        self.mask_index = names.index("attention_mask") if "attention_mask" in names else None
+        masks = ["attention_mask", *filter(None, [backbone.architecture.token_mask])]
+        self.masks = {mask: names.index(mask) if mask in names else None for mask in masks}
 
     def __call__(self, module: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if self._is_masked(args, kwargs):
-            raise UnsupportedInputError(
-                "Token merging does not take an attention mask: merged tokens have no single position to mask. "
-                "Call the model without attention_mask, or undo apply_tome first with remove_tome(model)."
-            )
+        for mask, index in self.masks.items():
+            if _is_given(mask, index, args, kwargs):
+                name = "an attention mask" if mask == "attention_mask" else mask
+                raise UnsupportedInputError(
+                    f"Token merging does not take {name}: merged tokens have no single position to mask. "
+                    f"Call the model without {mask}, or undo apply_tome first with remove_tome(model)."
+                )
         if self.shuffles_patches and len(args) < 2 and kwargs.get("noise") is None:
             # which tokens may merge depends on their order, and the model shuffles them anew in every call
             pixel_values = args[0] if args else kwargs["pixel_values"]
@@ -267,11 +275,6 @@ class MergeHook:
         tome = begin_call(module, self.settings)
         # layers that are wrapped to be recomputed, as FSDP does, must be given the state by the model
         return args, {**kwargs, "tome": tome} if self.passes_kwargs else kwargs
-
-    def _is_masked(self, args: tuple, kwargs: dict) -> bool:
-        if self.mask_index is not None and len(args) > self.mask_index:
-            return args[self.mask_index] is not None
-        return kwargs.get("attention_mask") is not None
 
 
 class EndHook:
@@ -292,6 +295,13 @@ def _default_settings(backbone: Backbone) -> MergeSettings:
     # the decoders of SimMIM-style models read the patch tokens
     reads_patches = backbone.architecture.restore or hasattr(backbone.model, "decoder")
     return MergeSettings(schedule=(), protected=backbone.protected, restore=reads_patches)
+
+
+def _is_given(name: str, index: int | None, args: tuple, kwargs: dict) -> bool:
+    """Whether an argument that may stand at an index is given, and not `None`."""
+    if index is not None and len(args) > index:
+        return args[index] is not None
+    return kwargs.get(name) is not None
 
 
 def _given_or(value: bool | None, default: bool) -> bool:

@@ -153,11 +153,15 @@ def _template(name: str) -> str:
 
 
 def _inputs(model_type: str, image_size: Any, num_channels: int = 3) -> dict[str, str]:
-    if ARCHITECTURES[model_type].spectrograms:
-        shape, name = "model.config.max_length, model.config.num_mel_bins", "input_values"
+    architecture = ARCHITECTURES[model_type]
+    name = architecture.input_name
+    if architecture.inputs != "images":
+        frames, channels, size = architecture.clip_sizes
+        sizes = (frames, channels, size, size) if architecture.inputs == "clips" else ("max_length", "num_mel_bins")
+        shape = ", ".join(f"model.config.{setting}" for setting in sizes)
         return {"input_name": name, "inputs": f"{name} = torch.randn(1, {shape})"}
     height, width = image_size if isinstance(image_size, list | tuple) else (image_size or 224,) * 2
-    return {"input_name": "pixel_values", "inputs": f"pixel_values = torch.randn(1, {num_channels}, {height}, {width})"}
+    return {"input_name": name, "inputs": f"{name} = torch.randn(1, {num_channels}, {height}, {width})"}
 
 
 def _is_complete(entry: dict[str, Any]) -> bool:
