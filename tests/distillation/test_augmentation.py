@@ -192,3 +192,26 @@ def test_one_channel_is_augmented_like_three_equal_ones():
     assert one.shape == (64, 1, 12, 12)
     torch.testing.assert_close(three, one.expand(-1, 3, -1, -1), rtol=0, atol=1e-4)
     assert not torch.equal(one, augment(grey, keys, Augmentation(), mean, std))
+
+
+@pytest.mark.parametrize("settings", [{"random_erasing": 1.0}, {"mixup": 0.8}, {"cutmix": 1.0}], ids=str)
+def test_clips_are_augmented_in_the_same_place_of_all_frames(settings):
+    """As many clips as frames, which a wrong axis would take one for the other. A clip of one image repeated."""
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    clips = images[:, None].repeat(1, 4, 1, 1, 1)
+    keys, augmentation = torch.arange(4), Augmentation(**settings)
+    found = augment(clips, keys, augmentation, None, None)
+    assert found.shape == clips.shape
+    if settings.get("random_erasing"):
+        changed = (found != clips).any(dim=2)  # (batch, frames, height, width)
+        assert changed.any()
+        assert (changed == changed[:, :1]).all()
+    else:
+        expected = augment(images, keys, augmentation, None, None)
+        torch.testing.assert_close(found, expected[:, None].expand_as(found))
+
+
+def test_randaugment_of_clips_is_refused():
+    clips = torch.zeros(2, 4, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ArgumentError, match="RandAugment is for images; leave it out for clips"):
+        augment(clips, torch.arange(2), Augmentation(randaugment_num_ops=2), None, None)

@@ -3,7 +3,7 @@
 
 import pytest
 import transformers as hf
-from helpers.families import ast
+from helpers.families import ast, vivit
 from helpers.models import make_model
 
 from tocom_hf import TocomModel, UnsupportedModelError, evaluate_degrees
@@ -21,6 +21,7 @@ class ViTOfAUser(hf.ViTForImageClassification):
         (lambda: make_model(problem_type="regression"), "is a regression with 5 outputs"),
         (lambda: make_model(problem_type="multi_label_classification"), "several labels an image .* 'single_label"),
         (lambda: make_model(hf.ViTModel), "is a ViTModel, which classifies no images. Fine-tune it first"),
+        (lambda: hf.VivitForVideoClassification(vivit()), "which classifies clips, and accuracy is measured on images"),
         (lambda: hf.ASTForAudioClassification(ast()), "is a ASTForAudioClassification, which classifies no images"),
     ],
 )

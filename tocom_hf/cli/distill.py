@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tocom_hf.cli.endings import CommandParser, run_command
-from tocom_hf.cli.loading import load_config, load_model, load_processor, make_accelerator, unmasked
+from tocom_hf.cli.loading import load_config, load_model, load_processor, make_accelerator, require_images, unmasked
 from tocom_hf.errors import DatasetError
 
 
@@ -90,6 +90,7 @@ def load_pretrained(script: ScriptArguments) -> Any:
     from tocom_hf.merging.architectures import ARCHITECTURES
 
     config = load_config(script.model_name_or_path, revision=script.model_revision)
+    require_images(config, script.model_name_or_path)
     tower = getattr(config, "vision_config", None)
     # DeiT's class with two heads is known to no Auto class
     heads = [name for name in config.architectures or () if "ForImageClassification" in name]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tocom_hf.cli.endings import CommandParser, run_command
-from tocom_hf.cli.loading import load_processor
+from tocom_hf.cli.loading import load_processor, require_images
 
 
 COMMAND = "tocom fit-scales"
@@ -53,6 +53,7 @@ def fit(args: argparse.Namespace) -> None:
     )
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
+    require_images(model.config, args.model_name_or_path)
     processor = load_processor(args.model_name_or_path)
     images = load_images(
         args.dataset_name,

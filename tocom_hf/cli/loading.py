@@ -53,6 +53,26 @@ def unmasked(config: Any) -> dict[str, Any]:
     return {"mask_ratio": 0.0} if hasattr(config, "mask_ratio") else {}
 
 
+def require_images(config: Any, name: str | Path) -> None:
+    """Refuse a model of clips or spectrograms where a command reads images, before any are loaded.
+
+    Args:
+        config: Of the model.
+        name: What to call it in the message.
+
+    Raises:
+        UnsupportedModelError: if the model takes no images.
+    """
+    from tocom_hf.merging.architectures import ARCHITECTURES, supported_types
+
+    kinds = {ARCHITECTURES[model_type].inputs for model_type in supported_types(config)}
+    if kinds and "images" not in kinds:
+        raise UnsupportedModelError(
+            f"{name} takes {' and '.join(sorted(kinds))} ({config.model_type}), and this command reads images only. "
+            "Use the function of tocom_hf that the command stands for, with samples of finished pixel_values."
+        )
+
+
 def load_processor(name: str | Path, **arguments: Any) -> Any:
     """The image processor of a checkpoint."""
     from transformers import AutoImageProcessor

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tocom_hf.cli.endings import CommandParser, positive_integer, run_command
-from tocom_hf.cli.loading import load_config, load_model, load_processor, refused_input, unmasked
-from tocom_hf.errors import ArgumentError, UnsupportedModelError
+from tocom_hf.cli.loading import load_config, load_model, load_processor, refused_input, require_images, unmasked
+from tocom_hf.errors import ArgumentError
 
 
 if TYPE_CHECKING:
@@ -77,13 +77,12 @@ def visualize(args: argparse.Namespace) -> None:
     if not args.output.suffix or not args.output.absolute().parent.is_dir():
         raise ArgumentError(f"--output {args.output} must be a picture, such as groups.png, in a folder that exists.")
     config = load_config(args.model_name_or_path)
+    require_images(config, args.model_name_or_path)
     model = load_model(AutoModel, args.model_name_or_path, **unmasked(config)).eval()
     backbone = find_backbone(model).module  # of CLIP the vision part
     layers = len(find_backbone(model).layers)
     if not -layers <= args.layer < layers:
         raise ArgumentError(f"--layer {args.layer} is none of the model's {layers} layers.")
-    if backbone.main_input_name != "pixel_values":
-        raise UnsupportedModelError(f"{type(model).__name__} takes {backbone.main_input_name}, not images.")
     processor = load_processor(args.model_name_or_path)
     images = read_images(args, find_num_channels(processor, model_channels(model.config)))
     with refused_input("The images cannot be prepared for the model"):

@@ -13,6 +13,7 @@ import torch
 from tocom_hf.devices import float64_device
 from tocom_hf.distillation.checks import Magnitude, Natural, Share, require_checks
 from tocom_hf.distillation.keyed_random import fold, normals, uniforms
+from tocom_hf.errors import ArgumentError
 from tocom_hf.extras import require_extras
 
 
@@ -63,15 +64,21 @@ def augment(
 
     Args:
         pixel_values: `(batch, channels, height, width)`: uint8 in 0..255, or floating point and normalised already,
-            to which RandAugment does not apply.
+            to which RandAugment does not apply. Clips, `(batch, frames, channels, height, width)`, are erased and mixed
+            in the same place of all their frames.
         keys: int64 `(batch,)`, one key for each image. Image 2i is mixed with image 2i + 1.
         settings: What to do.
         mean, std: `(channels,)`, for images in uint8: what their values in [0, 1] are normalised by.
 
     Returns:
-        Floating point, `(batch, channels, height, width)`, normalised.
+        Floating point, of the shape of `pixel_values`, normalised.
+
+    Raises:
+        ArgumentError: if RandAugment is to be applied to clips.
     """
     images = pixel_values
+    if images.ndim == 5 and settings.randaugment_num_ops:
+        raise ArgumentError("RandAugment is for images; leave it out for clips (randaugment_num_ops=0).")
     if images.dtype == torch.uint8:
         images = images.float() / 255
         channels = images.shape[1]
@@ -122,7 +129,7 @@ def erase(images: torch.Tensor, keys: torch.Tensor, probability: float) -> torch
     """Replace a random rectangle of some images by normal noise.
 
     Args:
-        images: `(batch, channels, height, width)`, normalised.
+        images: `(batch, channels, height, width)`, or clips with frames in front of the channels, normalised.
         keys: int64 `(batch,)`.
         probability: Of being erased, for each image.
     """
@@ -137,14 +144,14 @@ def erase(images: torch.Tensor, keys: torch.Tensor, probability: float) -> torch
     if len(rows) == 0:
         return images
     noise = normals(fold(keys[rows], _NOISE), images[0].numel()).view(-1, *images.shape[1:]).to(images.dtype)
-    return images.index_copy(0, rows, torch.where(inside[rows, None], noise, images[rows]))
+    return images.index_copy(0, rows, torch.where(_as_wide(inside[rows], images), noise, images[rows]))
 
 
 def mix(images: torch.Tensor, pair_keys: torch.Tensor, mixup: float, cutmix: float) -> torch.Tensor:
     """Mix image 2i with image 2i + 1, both ways, by mixup or by cutmix.
 
     Args:
-        images: `(batch, channels, height, width)` with an even batch.
+        images: `(batch, channels, height, width)` with an even batch, or clips with frames in front of the channels.
         pair_keys: int64 `(batch / 2,)`.
         mixup, cutmix: The parameters alpha; 0 is off.
     """
@@ -158,7 +165,7 @@ def mix(images: torch.Tensor, pair_keys: torch.Tensor, mixup: float, cutmix: flo
     lefts, rights = ((centre_x + sign * side / 2).clamp(0, 1) * width for sign in (-1, 1))
     box = _box_mask(tops, lefts, bottoms.floor() - tops.floor(), rights.floor() - lefts.floor(), images)
     own = torch.where(cut[:, None, None], (~box).float(), weight[:, None, None])
-    own = own.repeat_interleave(2, dim=0)[:, None].to(images.dtype)
+    own = _as_wide(own.repeat_interleave(2, dim=0), images).to(images.dtype)
     partners = images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     return own * images + (1 - own) * partners
 
@@ -174,6 +181,11 @@ def beta(keys: torch.Tensor, alpha: float, rounds: int = 24) -> torch.Tensor:
     total = first + second
     accepted = ((total <= 1) & (total > 0)).long().argmax(dim=1, keepdim=True)
     return (first / total).gather(1, accepted)[:, 0].nan_to_num(0.5).float().to(draws.device)
+
+
+def _as_wide(planes: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Planes `(batch, height, width)`, the same for all channels (and frames) of images (or clips)."""
+    return planes.view(len(planes), *[1] * (images.ndim - 3), *planes.shape[1:])
 
 
 def _box_mask(top, left, box_height, box_width, images: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,10 @@ def require_classifier(config: PreTrainedConfig, class_name: str, name: str) -> 
     Raises:
         UnsupportedModelError: if it has no head for images, or one for regression or for several labels an image.
     """
+    if "ForVideoClassification" in class_name:
+        raise UnsupportedModelError(
+            f"{name} is a {class_name}, which classifies clips, and accuracy is measured on images only. {_YOURSELF}"
+        )
     if "ForImageClassification" not in class_name:
         raise UnsupportedModelError(
             f"{name} is a {class_name}, which classifies no images. Fine-tune it first, for example with "
