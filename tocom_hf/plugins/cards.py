@@ -23,6 +23,8 @@ _TAGS = ["tocom", "token-merging", "vision-transformer", "peft", "lora"]
 _HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 # their heads sit on a part of a model of images and text, which is not what transformers calls the base model
 _VISION_PARTS = ("clip_vision_model", "siglip_vision_model")
+# they have no heads, and what transformers calls their base model is the encoder within the backbone
+_BASE_IS_ENCODER = ("dinov3_vit",)
 # entries of `training` that have a place of their own in the card, or are not part of the recipe
 _NOT_RECIPE = ("agreement", "test_accuracy", "hardware", "dataset_id")
 
@@ -125,6 +127,8 @@ def _backbone_of(model: str, model_type: str) -> str:
     """Code for the backbone of a model with or without a head, which is what PEFT must be given."""
     if model_type in _VISION_PARTS:
         return f'getattr({model}, "vision_model", {model})'
+    if model_type in _BASE_IS_ENCODER:
+        return model
     return f"{model}.base_model"
 
 
