@@ -72,7 +72,7 @@ VIT = ("layernorm_before", "attention", None, "layernorm_after", None, "o_proj")
 
 
 def rotate(heads, groups, angles_of):
-    """Rotary positions: every token turns by the mean of its members' angles, pairs of channels at a time.
+    """Rotary positions: every token is multiplied by the mean of its members' turns, pairs of channels at a time.
 
     `heads` is `(tokens, heads, dim)`; `angles_of` gives `dim / 2` angles for an input position, or `None` where it does
     not turn. Channel `i` and channel `i + dim / 2` are a pair.
@@ -83,9 +83,9 @@ def rotate(heads, groups, angles_of):
         if members[0] is None:
             turned.append(token)
             continue
-        angles = torch.stack(members).mean(0)
+        turn = torch.exp(1j * torch.stack(members)).mean(0)
         first, second = token.chunk(2, dim=-1)
-        number = torch.complex(first, second) * torch.exp(1j * angles)
+        number = torch.complex(first, second) * turn
         turned.append(torch.cat([number.real, number.imag], dim=-1))
     return torch.stack(turned)
 

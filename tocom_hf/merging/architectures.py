@@ -2,7 +2,6 @@
 """The supported model families, one table row each: which submodules play which part in token merging."""
 
 import functools
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
@@ -136,7 +135,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         layers="model.layer",
         dropout="dropout",
         registers="num_register_tokens",
-        positions=AxialRotary("rope_embeddings", unit=2 * math.pi, extent=4.0, follows_inputs=True),
+        positions=AxialRotary(),
     ),
     "clip_vision_model": _CLIP,
     "siglip_vision_model": replace(_CLIP, protected=0),

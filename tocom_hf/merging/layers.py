@@ -14,7 +14,7 @@ from tocom_hf.errors import UnsupportedModelError
 from tocom_hf.merging.architectures import Architecture, find_part
 from tocom_hf.merging.attention import attend
 from tocom_hf.merging.kernels import fused_merge, fused_plan
-from tocom_hf.merging.positions import AxialRotary, Positions
+from tocom_hf.merging.positions import Positions
 from tocom_hf.merging.recipes import matching_metric
 from tocom_hf.merging.schedule import clamp_r
 from tocom_hf.merging.state import TokenState, running_call
@@ -40,7 +40,7 @@ class AttentionCall(NamedTuple):
             merges or because the layer is recomputed.
         queries: How many tokens to compute, from the front; `None` for all.
         bias: The logarithms of the sizes, `(batch, 1, 1, tokens)`, where the last layer made them.
-        coordinates: Where the tokens are, float32 `(batch, tokens, axes)`, in a model with rotary positions; `None`
+        coordinates: Where the tokens are, float32 `(batch, tokens, values)`, in a model with rotary positions; `None`
             where none has merged yet.
     """
 
@@ -101,7 +101,7 @@ class MergingLayer(Merging):
         if call.r > 0:
             plan = tome.plans.setdefault(self.tome_index, plan)
             if names.positions is not None:
-                self._move(tome, call, normed, plan)
+                self._move(tome, call, normed, plan, kwargs)
             fused = fused_merge(hidden_states, branch, plan, sizes)
             if fused is None:
                 hidden_states, sizes = merge_tokens(branch + hidden_states, sizes, plan)  # (batch, tokens - r, hidden)
@@ -133,7 +133,7 @@ class MergingLayer(Merging):
             rows=None,
             queries=None,
             bias=tome.biases.get(before),  # (batch, 1, 1, tokens)
-            coordinates=tome.coordinates.get(before),  # (batch, tokens, axes)
+            coordinates=tome.coordinates.get(before),  # (batch, tokens, values)
         )
         if settings.class_tokens_only and self._is_last(tome):
             # class tokens do not merge, and no others leave this layer
@@ -144,13 +144,20 @@ class MergingLayer(Merging):
         has_plan = r == 0 or self.tome_index in tome.plans
         return call._replace(r=r, rows=None if has_plan else tome.rows)
 
-    def _move(self, tome: TokenState, call: AttentionCall, hidden_states: torch.Tensor, plan: MergePlan) -> None:
+    def _move(
+        self,
+        tome: TokenState,
+        call: AttentionCall,
+        hidden_states: torch.Tensor,
+        plan: MergePlan,
+        kwargs: dict[str, Any],
+    ) -> None:
         """Note where the tokens are behind this layer."""
         coordinates = call.coordinates
         if coordinates is None:
             names = self.tome_architecture
             attention = find_part(self, names.attention)
-            coordinates = cast(Positions, names.positions).coordinates(tome, attention, hidden_states)
+            coordinates = cast(Positions, names.positions).coordinates(attention, hidden_states, kwargs)
         tome.coordinates[self.tome_index], _ = merge_tokens(coordinates, call.sizes, plan)
 
     def _is_last(self, tome: TokenState) -> bool:
@@ -170,7 +177,7 @@ class MergingAttention(Merging):
         query, key, value = self._project(hidden_states, call.queries)
         unrotated = key
         if names.positions is not None:
-            query, key = names.positions.rotate(call.tome, self, query, key, call.coordinates, kwargs)
+            query, key = names.positions.rotate(self, query, key, call.coordinates, kwargs)
         output, weights = attend(
             self,
             query.transpose(1, 2),
@@ -222,23 +229,6 @@ class MergingAttention(Merging):
         else:
             head_dim = projected[1].shape[-1] // getattr(self, names.num_heads)
         return [part.view(*part.shape[:-1], -1, head_dim) for part in projected]
-
-
-class MergingRotary(Merging):
-    """Mixin for the module that computes rotary positions for all layers: tells the call where its patches are."""
-
-    inv_freq: torch.Tensor
-
-    def forward(self, inputs: torch.Tensor, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tome = running_call()
-        if tome is None or not any(tome.settings.schedule):
-            return super().forward(inputs, *args)
-        positions = cast(AxialRotary, self.tome_architecture.positions)
-        # Of the inputs only shape, device and dtype matter. Half precision would leave too little of the coordinates.
-        cos, sin = super().forward(torch.empty_like(inputs, dtype=torch.float32), *args)  # (patches, head_dim)
-        tome.rotation = positions.read(cos, sin, self.inv_freq)
-        dtype = inputs.dtype if positions.follows_inputs else cos.dtype
-        return cos.to(dtype), sin.to(dtype)
 
 
 def merging_class(stock_class: type[nn.Module], mixin: type[Merging]) -> type[Merging]:

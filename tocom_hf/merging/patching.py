@@ -17,8 +17,7 @@ from tocom_hf.errors import ArgumentError, DegreeError, UnsupportedInputError, U
 from tocom_hf.merging.architectures import Backbone, find_backbone, find_part
 from tocom_hf.merging.inner_layers import RestoreHook, recording_modules, refuse_hooked_layers
 from tocom_hf.merging.inputs import ascending_noise
-from tocom_hf.merging.layers import Merging, MergingAttention, MergingLayer, MergingRotary, merging_class
-from tocom_hf.merging.positions import AxialRotary, require_low_frequency
+from tocom_hf.merging.layers import Merging, MergingAttention, MergingLayer, merging_class
 from tocom_hf.merging.recipes import MergeRecipe
 from tocom_hf.merging.schedule import Schedule
 from tocom_hf.merging.state import MergeSettings, begin_call, end_call
@@ -200,7 +199,7 @@ def unset_merging(backbone: Backbone) -> None:
         for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, RestoreHook | EndHook)]:
             del module._forward_hooks[key]
             module._forward_hooks_always_called.pop(key, None)
-    for part in [*backbone.layers.modules(), _rotary_module(backbone)]:
+    for part in backbone.layers.modules():
         if isinstance(part, MergingLayer):
             del part.tome_index
         if isinstance(part, Merging):
@@ -314,13 +313,9 @@ def _patch(backbone: Backbone, hook: MergeHook) -> None:
     architecture = backbone.architecture
     layers = list(backbone.layers)
     attentions = [find_part(layer, architecture.attention) for layer in layers]
-    rotary = _rotary_module(backbone)
-    if rotary is not None:
-        require_low_frequency(rotary, cast(AxialRotary, architecture.positions))
     # name every class before the first is replaced, so that a failure leaves the model as it was
     layer_classes = [merging_class(type(layer), MergingLayer) for layer in layers]
     attention_classes = [merging_class(type(attention), MergingAttention) for attention in attentions]
-    rotary_class = None if rotary is None else merging_class(type(rotary), MergingRotary)
     for index, layer in enumerate(layers):
         layer.__class__ = layer_classes[index]
         layer.tome_index = index  # type: ignore[assignment]
@@ -328,22 +323,11 @@ def _patch(backbone: Backbone, hook: MergeHook) -> None:
     for index, attention in enumerate(attentions):
         attention.__class__ = attention_classes[index]
         attention.tome_architecture = architecture
-    if rotary is not None:
-        rotary.__class__ = cast(type, rotary_class)
-        rotary.tome_architecture = architecture  # type: ignore[assignment]
     backbone.module.register_forward_pre_hook(hook, with_kwargs=True)
     for module in recording_modules(backbone):
         module.register_forward_hook(RestoreHook(len(layers)))
     # the last one: what is restored is read from the call that runs
     backbone.module.register_forward_hook(EndHook(), always_call=True)
-
-
-def _rotary_module(backbone: Backbone) -> nn.Module | None:
-    """The module of a backbone that computes the positions of all layers, if it has one."""
-    positions = backbone.architecture.positions
-    if positions is None or positions.module is None:
-        return None
-    return backbone.module.get_submodule(positions.module)
 
 
 def _refuse_wrapped_forwards(backbone: Backbone) -> None:

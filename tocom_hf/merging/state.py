@@ -7,7 +7,6 @@ because a model may run others while it runs; layers find their own on top of it
 
 import threading
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -28,18 +27,6 @@ class MergeSettings:
     recipe: MergeRecipe = TOME_RECIPE
 
 
-class Rotation(NamedTuple):
-    """Where the tokens of a call are before any of them merges, in a model with rotary positions.
-
-    Attributes:
-        coordinates: Coordinates of the patches on each axis, float32 `(patches, axes)`.
-        frequencies: What a coordinate is multiplied with to give the angles of its axis, float32 `(angles,)`.
-    """
-
-    coordinates: torch.Tensor
-    frequencies: torch.Tensor
-
-
 @dataclass
 class TokenState:
     """What one forward call knows about its tokens: entry `i` is written by layer `i` and read by layer `i + 1`.
@@ -51,9 +38,8 @@ class TokenState:
             made the first time.
         rows: The numbers of all rows that tokens can have, made once for all layers.
         biases: The logarithms of the sizes after each layer, `(batch, 1, 1, tokens)`, where a kernel made them.
-        rotation: Positions of the patches, in a model that computes them once for all layers.
-        coordinates: Coordinates of the tokens after each layer, float32 `(batch, tokens, axes)`, in a model with rotary
-            positions. Those of the tokens that never merge mean nothing.
+        coordinates: Where the tokens are after each layer, float32 `(batch, tokens, values)`, in a model with rotary
+            positions: what its strategy in `positions` makes of it.
         reached: Whether a layer has received this state.
     """
 
@@ -62,7 +48,6 @@ class TokenState:
     plans: dict[int, MergePlan] = field(default_factory=dict)
     rows: torch.Tensor | None = None
     biases: dict[int, torch.Tensor] = field(default_factory=dict)
-    rotation: Rotation | None = None
     coordinates: dict[int, torch.Tensor] = field(default_factory=dict)
     reached: bool = False
 
