@@ -203,6 +203,18 @@ def of_fused_projections():
     ]
 
 
+def dpt():
+    return hf.DPTConfig(
+        **COMMON, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8
+    )
+
+
+NESTED = (
+    *("layernorm_before", "attention.attention", None, "layernorm_after", None, "attention.output.dense"),
+    ("intermediate", "output.dense"),
+)
+
+
 FAMILIES = [
     Family(hf.ViTForImageClassification, lambda: hf.ViTConfig(**COMMON), 1, "vit.layers", PRE_NORM),
     Family(hf.ViTModel, lambda: hf.ViTConfig(**COMMON), 1, "layers", PRE_NORM, "pooler_output"),
@@ -251,4 +263,5 @@ SIMILAR: list[Family] = [
         clips="pixel_values_videos",
     ),
     Family(hf.VivitForVideoClassification, vivit, 1, "vivit.layers", PRE_NORM, clips="pixel_values"),
+    Family(hf.DPTModel, dpt, 1, "encoder.layer", NESTED, "pooler_output"),
 ]

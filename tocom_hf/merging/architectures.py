@@ -120,6 +120,19 @@ _CLIP = Architecture(
     restore=True,
 )
 _BLIP = replace(_CLIP, qkv="qkv", output="projection")
+_NESTED = Architecture(
+    layers="encoder.layer",
+    attention="attention.attention",
+    attention_branch=("attention.output.dense", "attention.output.dropout"),
+    mlp_branch=("layernorm_after", "intermediate", "output.dense", "output.dropout"),
+    query="query",
+    key="key",
+    value="value",
+    output=None,
+    dropout="dropout_prob",
+    head_dim="attention_head_size",
+    restore=True,
+)
 _BLIP_2 = replace(_BLIP, dropout="attention_dropout")
 
 # keyed by `config.model_type` of the backbone
@@ -199,6 +212,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         passes_kwargs=False,
         restore=True,
     ),
+    # attention in a block of its own within that of attention and its output
+    "dpt": replace(_NESTED, passes_kwargs=False),
 }
 
 
