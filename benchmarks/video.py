@@ -46,8 +46,9 @@ def degree_for_tokens(example: Example, share: float) -> int:
 
 def degree_for_flops(example: Example, share: float) -> int:
     """The smallest degree that leaves at most a share of the operations."""
-    allowed = share * example.count_at(0).flops
-    low, high = 0, example.count_at(0).tokens[0] // 2
+    dense = example.count_at(0)
+    allowed = share * dense.flops
+    low, high = 0, dense.tokens[0] // 2
     while low < high:
         middle = (low + high) // 2
         if example.count_at(middle).flops > allowed:
