@@ -79,6 +79,33 @@ def depth_anything():
     return hf.DepthAnythingForDepthEstimation(hf.DepthAnythingConfig(backbone_config=backbone, patch_size=4, **sizes))
 
 
+def of_four_stages():
+    return dino(hf.Dinov2Config, out_features=["stage1", "stage2", "stage3", "stage4"], reshape_hidden_states=False)
+
+
+def dpt():
+    sizes = {"neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "reassemble_factors": [4, 2, 1, 0.5]}
+    config = hf.DPTConfig(backbone_config=of_four_stages(), **sizes, is_hybrid=False, head_in_index=-1)
+    config.hidden_size, config.patch_size = 32, 4
+    return hf.DPTForDepthEstimation(config)
+
+
+def zoedepth():
+    sizes = {
+        "neck_hidden_sizes": [8] * 4,
+        "fusion_hidden_size": 8,
+        "bottleneck_features": 8,
+        "num_relative_features": 4,
+    }
+    config = hf.ZoeDepthConfig(
+        backbone_config=of_four_stages(), patch_size=4, backbone_hidden_size=32, bin_embedding_dim=8,
+        num_attractors=[2, 2, 1, 1], reassemble_factors=[4, 2, 1, 0.5], num_patch_transformer_layers=1,
+        patch_transformer_hidden_size=8, patch_transformer_intermediate_size=16, patch_transformer_num_attention_heads=2,
+        **sizes,
+    )  # fmt: skip
+    return hf.ZoeDepthForDepthEstimation(config)
+
+
 def backbone_of_two_stages():
     return hf.Dinov2Backbone(dino(hf.Dinov2Config, out_features=["stage2", "stage4"]))
 
@@ -124,6 +151,8 @@ READERS = {
     "Dinov2Backbone": (backbone_of_two_stages, lambda out: out.feature_maps, {}),
     "Dinov2WithRegistersBackbone": (backbone_with_registers, lambda out: out.feature_maps, {}),
     "DepthAnything": (depth_anything, lambda out: [out.predicted_depth], {}),
+    "DPT": (dpt, lambda out: [out.predicted_depth], {}),
+    "ZoeDepth": (zoedepth, lambda out: [out.predicted_depth], {}),
     "LLaVA at layer -2": (llava, lambda out: [out.logits], text_inputs()),
     "LLaVA at two layers": (lambda: llava([1, -1]), lambda out: [out.logits], text_inputs()),
     "LLaVA, asked for layer 2 in the call": (
