@@ -100,7 +100,8 @@ def zoedepth():
     config = hf.ZoeDepthConfig(
         backbone_config=of_four_stages(), patch_size=4, backbone_hidden_size=32, bin_embedding_dim=8,
         num_attractors=[2, 2, 1, 1], reassemble_factors=[4, 2, 1, 0.5], num_patch_transformer_layers=1,
-        patch_transformer_hidden_size=8, patch_transformer_intermediate_size=16, patch_transformer_num_attention_heads=2,
+        patch_transformer_hidden_size=8, patch_transformer_intermediate_size=16,
+        patch_transformer_num_attention_heads=2,
         **sizes,
     )  # fmt: skip
     return hf.ZoeDepthForDepthEstimation(config)
