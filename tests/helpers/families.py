@@ -36,6 +36,7 @@ class Family:
     audio: bool = False
     angles_of: Any = None  # of rotary positions, see `reference.rotate`
     turn: Any = None  # of rotary positions of other kinds, see `reference.hidden_states`
+    pickles: bool = True  # transformers puts hooks on some models, when it makes them, that cannot be pickled
     clips: str | None = None  # what the model calls its clips, `(batch, 8, 3, 16, 16)`
 
     def __str__(self):
@@ -44,7 +45,11 @@ class Family:
     def make(self, seed=0, layers=4):
         torch.manual_seed(seed)
         config = self.config()
-        getattr(config, "vision_config", config).num_hidden_layers = layers
+        part = getattr(config, "backbone_config", None) or getattr(config, "vision_config", config)
+        part.num_hidden_layers = layers
+        if hasattr(config, "backbone_config"):
+            part.stage_names = ["stem", *(f"stage{stage}" for stage in range(1, layers + 1))]
+            part.out_features = [f"stage{layers}"]
         model = self.model_class(config)
         # transformers starts some parameters at zero or one, where mistakes would not show
         for name, parameter in model.named_parameters():
@@ -209,6 +214,16 @@ def dpt():
     )
 
 
+def vitpose():
+    settings = {key: value for key, value in COMMON.items() if key not in ("num_labels", "intermediate_size")}
+    backbone = hf.VitPoseBackboneConfig(**{**settings, "image_size": [32, 32], "patch_size": [8, 8]}, mlp_ratio=2)
+    return hf.VitPoseConfig(backbone_config=backbone, num_labels=5)
+
+
+VITPOSE = (
+    *("layernorm_before", "attention.attention", None, "layernorm_after", None, "attention.output.dense"),
+    ("mlp",),
+)
 NESTED = (
     *("layernorm_before", "attention.attention", None, "layernorm_after", None, "attention.output.dense"),
     ("intermediate", "output.dense"),
@@ -263,5 +278,6 @@ SIMILAR: list[Family] = [
         clips="pixel_values_videos",
     ),
     Family(hf.VivitForVideoClassification, vivit, 1, "vivit.layers", PRE_NORM, clips="pixel_values"),
+    Family(hf.VitPoseForPoseEstimation, vitpose, 0, "backbone.encoder.layer", VITPOSE, "heatmaps", pickles=False),
     Family(hf.DPTModel, dpt, 1, "encoder.layer", NESTED, "pooler_output"),
 ]

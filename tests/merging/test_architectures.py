@@ -160,6 +160,8 @@ def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
 @each_kind
 @pytest.mark.parametrize("copies", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_give_the_same(family, copies):
+    if copies is not copy.deepcopy and not family.pickles:
+        pytest.skip("cannot be pickled without merging either")
     model, inputs = apply_tome(family.make(), 6), family.inputs()
     assert torch.equal(family.result(copies(model), inputs), family.result(model, inputs))
 

@@ -40,6 +40,7 @@ def tiny_bert():
         (tiny_bert, r"'bert': it reads text.*\. Supported model types: .*vit"),
         (lambda: hf.CLIPTextModel(clip().text_config), "'clip_text_model': it reads text"),
         (lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**COMMON)), "mask_ratio = 0"),
+        (lambda: hf.VitPoseBackbone(hf.VitPoseBackboneConfig(num_experts=6, part_features=8)), "with several experts"),
         (lambda: hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**COMMON, mask_ratio=0.0)), "decoder needs every token"),
     ],
 )

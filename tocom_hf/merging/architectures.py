@@ -214,6 +214,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     # attention in a block of its own within that of attention and its output
     "dpt": replace(_NESTED, passes_kwargs=False),
+    "vitpose_backbone": replace(_NESTED, mlp_branch=("layernorm_after", "mlp"), protected=0),
 }
 
 
@@ -396,6 +397,12 @@ def unsupported(subject: str | PreTrainedConfig) -> UnsupportedModelError:
 
 
 def _refuse_unsound_use(backbone: Backbone) -> None:
+    if getattr(backbone.module.config, "num_experts", 1) > 1:
+        raise UnsupportedModelError(
+            f"Token merging does not support {type(backbone.module).__name__} with several experts (num_experts="
+            f"{backbone.module.config.num_experts}): its MLPs are told which expert to use. A single expert is "
+            "supported."
+        )
     masked = backbone.architecture.shuffles_patches and backbone.module.config.mask_ratio > 0
     if masked or (backbone.architecture.shuffles_patches and hasattr(backbone.model, "decoder")):
         raise UnsupportedModelError(
