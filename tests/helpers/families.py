@@ -68,6 +68,11 @@ class Family:
             inputs["noise"] = torch.linspace(0, 1, 64).repeat(batch, 1)
         return inputs
 
+    def inputs_as(self, dtype, **arguments):
+        """Inputs in another dtype; what counts stays integers."""
+        inputs = self.inputs(**arguments)
+        return {name: part.to(dtype) if part.is_floating_point() else part for name, part in inputs.items()}
+
     def result(self, model, inputs):
         """What heads see: logits, the pooled output, or the class token of the last hidden state."""
         with torch.no_grad():
@@ -228,6 +233,128 @@ NESTED = (
     *("layernorm_before", "attention.attention", None, "layernorm_after", None, "attention.output.dense"),
     ("intermediate", "output.dense"),
 )
+# --- towers of language models, and those of contrastive models and detectors ---
+
+
+@dataclass(frozen=True)
+class NaflexFamily(Family):
+    """SigLIP 2 that takes images of any shape, as sequences of patches."""
+
+    def inputs(self, batch=3, seed=7):
+        patches = torch.randn(batch, 64, 48, generator=torch.Generator().manual_seed(seed))
+        ones = torch.ones(batch, 64, dtype=torch.int64)
+        return {"pixel_values": patches, "pixel_attention_mask": ones, "spatial_shapes": torch.tensor([[8, 8]] * batch)}
+
+
+def tower(config_class, **settings):
+    """The configuration of a vision tower, with those of the common settings that it has."""
+    common = {**COMMON, "mlp_ratio": 2, "projection_dim": 8, **settings}
+    known = config_class().to_dict()
+    return config_class(**{name: value for name, value in common.items() if name in known})
+
+
+def vision_part(config_class, vision_class, **settings):
+    """The configuration of a model with a vision tower and a small text model."""
+    text = clip_config()[1]
+    return config_class(vision_config=tower(vision_class).to_dict(), text_config=text, projection_dim=8, **settings)
+
+
+def internvl_tower(**settings):
+    return tower(
+        hf.InternVLVisionConfig, image_size=[32, 32], patch_size=[4, 4], layer_scale_init_value=0.5, **settings
+    )
+
+
+def radio():
+    sizes = {"num_cls_tokens": 2, "num_registers": 1, "summary_idxs": [0, 1], "patch_dim": 48, "max_img_size": 64}
+    return tower(hf.RadioConfig, mlp_ratio=2.0, layerscale_value=0.5, **sizes)
+
+
+def tower_families():
+    """Rows that are like CLIP or DINOv2 but for names, class tokens, and how the state reaches the layers."""
+    aimv2 = ("rms_norm1", "attention", None, "rms_norm2", None, "out_proj")
+    internvl = ("layernorm_before", "attention", "lambda_1", "layernorm_after", "lambda_2", "projection_layer")
+    layers, last = "encoder.layers", "last_hidden_state"
+    idefics3 = hf.models.idefics3.modeling_idefics3.Idefics3VisionTransformer
+    smolvlm = hf.models.smolvlm.modeling_smolvlm.SmolVLMVisionTransformer
+    idefics2 = hf.models.idefics2.modeling_idefics2.Idefics2VisionTransformer
+    ovis2 = hf.models.ovis2.modeling_ovis2.Ovis2VisionModel
+    kosmos2 = hf.models.kosmos2.modeling_kosmos2.Kosmos2VisionModel
+    return [
+        Family(
+            hf.MetaClip2ForImageClassification,
+            lambda: vision_part(hf.MetaClip2Config, hf.MetaClip2VisionConfig, num_labels=5),
+            1,
+            "vision_model.encoder.layers",
+            CLIP,
+        ),
+        Family(idefics3, lambda: tower(hf.models.idefics3.Idefics3VisionConfig), 0, layers, CLIP, last),
+        Family(smolvlm, lambda: tower(hf.models.smolvlm.SmolVLMVisionConfig), 0, layers, CLIP, last),
+        Family(
+            hf.InternVLVisionModel,
+            lambda: internvl_tower(use_qk_norm=True, norm_type="rms_norm"),
+            1,
+            "encoder.layer",
+            internvl,
+            last,
+        ),
+        NaflexFamily(
+            hf.Siglip2VisionModel,
+            lambda: tower(hf.Siglip2VisionConfig, num_patches=64),
+            0,
+            layers,
+            CLIP,
+            "pooler_output",
+        ),
+        Family(
+            idefics2,
+            lambda: tower(hf.models.idefics2.configuration_idefics2.Idefics2VisionConfig),
+            0,
+            layers,
+            CLIP,
+            last,
+        ),
+        Family(hf.AltCLIPVisionModel, lambda: tower(hf.AltCLIPVisionConfig), 1, layers, CLIP, "pooler_output"),
+        Family(hf.ChineseCLIPVisionModel, lambda: tower(hf.ChineseCLIPVisionConfig), 1, layers, CLIP, "pooler_output"),
+        Family(hf.OwlViTVisionModel, lambda: tower(hf.OwlViTVisionConfig), 1, f"vision_model.{layers}", CLIP, last),
+        Family(hf.Owlv2VisionModel, lambda: tower(hf.Owlv2VisionConfig), 1, f"vision_model.{layers}", CLIP, last),
+        Family(hf.GitVisionModel, lambda: tower(hf.GitVisionConfig), 1, f"vision_model.{layers}", CLIP, last),
+        Family(
+            kosmos2,
+            lambda: tower(hf.models.kosmos2.configuration_kosmos2.Kosmos2VisionConfig),
+            1,
+            f"model.{layers}",
+            CLIP,
+            "pooler_output",
+        ),
+        Family(hf.PixioModel, lambda: tower(hf.PixioConfig, n_cls_tokens=3), 3, "layers", PRE_NORM, "pooler_output"),
+        Family(hf.RadioModel, radio, 3, "encoder.layer", DINO, "summary"),
+        Family(
+            hf.Tipsv2VisionModel,
+            lambda: tower(hf.Tipsv2VisionConfig, num_register_tokens=2, layerscale_value=0.5),
+            3,
+            "encoder.layer",
+            DINO,
+            "pooler_output",
+        ),
+        Family(hf.Aimv2VisionModel, lambda: tower(hf.Aimv2VisionConfig), 0, layers, aimv2, "pooler_output"),
+        Family(
+            ovis2,
+            lambda: tower(hf.models.ovis2.Ovis2VisionConfig, vocab_size=20),
+            0,
+            f"transformer.{layers}",
+            aimv2,
+            "pooler_output",
+        ),
+        Family(
+            hf.JanusVisionModel,
+            lambda: tower(hf.JanusVisionConfig),
+            0,
+            layers,
+            ("layer_norm1", "self_attn", None, "layer_norm2", None, "projection_layer"),
+            last,
+        ),
+    ]
 
 
 FAMILIES = [
@@ -266,6 +393,7 @@ FAMILIES = [
 # like one of the above in all that merging does: tested in full by the slow tests, in the others for what decides
 SIMILAR: list[Family] = [
     *of_fused_projections(),
+    *tower_families(),
     # video
     Family(hf.VideoMAEForVideoClassification, videomae, 0, "videomae.encoder.layer", VIDEOMAE, clips="pixel_values"),
     Family(

@@ -149,7 +149,10 @@ def hidden_states(
             attention = part(layer, attention_name)
             dim = head_dim(attention, tokens.shape[-1])
             normed = getattr(layer, norm1)(tokens)
-            query, key, value = (part.view(len(tokens), -1, dim) for part in projected(attention, normed))
+            query, key, value = projected(attention, normed)
+            if hasattr(attention, "q_norm"):  # over all heads at once
+                query, key = attention.q_norm(query), attention.k_norm(key)
+            query, key, value = (part.view(len(tokens), -1, dim) for part in (query, key, value))
             sizes = [len(group) for group in groups]
             metric = metric_of(match_by, normed, key, value)
             edges = match(metric, min(r, (len(tokens) - protected) // 2), protected, sizes, penalty)
@@ -162,16 +165,24 @@ def hidden_states(
                     logits = logits + torch.tensor(sizes, dtype=torch.float64).log()
                 mixed.append(logits.softmax(-1) @ value[:, head])
             branch = first_part((attention, output), (layer, output))(torch.cat(mixed, dim=-1))
-            tokens = tokens + (getattr(layer, scale1)(branch) if scale1 else branch)
+            tokens = tokens + scaled(layer, scale1, branch)
             tokens, _ = merge(tokens, sizes, edges, protected)
             groups = merge_groups(groups, edges, protected)
             branch = getattr(layer, norm2)(tokens)
-            for path in mlp[0] if mlp else ("mlp",):
+            for path in mlp[0] if mlp else ("ffn" if hasattr(layer, "ffn") else "mlp",):
                 branch = part(layer, path)(branch)
-            tokens = tokens + (getattr(layer, scale2)(branch) if scale2 else branch)
+            tokens = tokens + scaled(layer, scale2, branch)
         outputs.append(tokens)
         all_groups.append(groups)
     return torch.stack(outputs), all_groups
+
+
+def scaled(layer, name, branch):
+    """A branch times a layer scale, which is a module or a parameter; `name` is `None` where there is none."""
+    if name is None:
+        return branch
+    scale = getattr(layer, name)
+    return scale * branch if isinstance(scale, torch.nn.Parameter) else scale(branch)
 
 
 def restore(tokens, groups):

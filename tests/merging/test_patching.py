@@ -15,7 +15,6 @@ from tocom_hf import (
     ArgumentError,
     DegreeError,
     TocomError,
-    UnsupportedInputError,
     UnsupportedModelError,
     apply_tome,
     remove_tome,
@@ -160,12 +159,6 @@ def test_other_image_sizes(model):
         expected, _ = reference.hidden_states(model.vit.layers, tokens, [9] * 4, 1)
     assert tokens.shape[1] == 121
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_attention_masks_are_refused(model, pixel_values):
-    apply_tome(model, 4)
-    with pytest.raises(UnsupportedInputError, match="remove_tome"):
-        model(pixel_values, attention_mask=torch.tensor([[1] * 60 + [0] * 5] * 3))
 
 
 @pytest.mark.parametrize("r", [-1, 2.0, True, "8", [1, 2], torch.tensor(2.5)])

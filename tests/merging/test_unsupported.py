@@ -21,10 +21,6 @@ def tiny_pixtral():
     )
 
 
-def siglip2():
-    return hf.Siglip2VisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-
-
 def tiny_bert():
     return hf.BertModel(hf.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9))
 
@@ -36,7 +32,6 @@ def tiny_bert():
         (tiny_swin, "'swin': it attends within windows"),
         (tiny_beit, "'beit': its attention is built to add a bias"),
         (tiny_pixtral, "'pixtral': it joins all images"),
-        (lambda: hf.Siglip2VisionModel(siglip2()), "'siglip2_vision_model': it pads images"),
         (tiny_bert, r"'bert': it reads text.*\. Supported model types: .*vit"),
         (lambda: hf.CLIPTextModel(clip().text_config), "'clip_text_model': it reads text"),
         (lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**COMMON)), "mask_ratio = 0"),

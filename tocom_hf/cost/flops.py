@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tocom_hf.errors import ArgumentError
 from tocom_hf.merging.architectures import Backbone, find_backbone
-from tocom_hf.merging.inputs import as_pair, clip_shape, model_inputs
+from tocom_hf.merging.inputs import as_pair, clip_shape, main_input_name, model_inputs
 from tocom_hf.merging.patching import get_settings, merging_at
 from tocom_hf.merging.schedule import Schedule, require_degree, tokens_per_layer
 from tocom_hf.merging.state import MergeSettings
@@ -97,7 +97,7 @@ class Example(NamedTuple):
             batch = _clips(backbone, batch_size, generator)
         else:
             batch = _images(backbone, image_size, batch_size, generator)
-        images_suffice = model.main_input_name == backbone.module.main_input_name and not _wants_text(model)
+        images_suffice = main_input_name(model) == main_input_name(backbone.module) and not _wants_text(model)
         module = model if images_suffice else backbone.module
         return cls(backbone, module, batch.to(next(model.parameters()).device, model.dtype))
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tocom_hf.cost.flops import DegreeCount, Example
 from tocom_hf.errors import DegreeError, UnsupportedModelError
 from tocom_hf.merging.architectures import Backbone, find_backbone
-from tocom_hf.merging.inputs import model_inputs
+from tocom_hf.merging.inputs import main_input_name, model_inputs
 from tocom_hf.merging.patching import merging_at
 from tocom_hf.merging.schedule import require_degree
 from tocom_hf.model.tocom_model import TocomModel
@@ -54,7 +54,7 @@ class Subject:
         self.backbone: Backbone = backbone
         self.example = Example.of(backbone, None, batch_size=1)
         self.plugins: PluginSet | None = model.plugins if isinstance(model, TocomModel) else None
-        self.input_name = self.example.module.main_input_name
+        self.input_name = main_input_name(self.example.module)
         self.output_name = self._find_output()
         self.graph = _Graph(self)
 

@@ -31,6 +31,7 @@ class Architecture:
             in `attention_branch`.
         qkv: Name of the one projection, in the attention block, whose outputs are query, key and value, a third each in
             this order, in place of the three; `None` where they are three.
+        query_norm, key_norm: Names of the norms of queries and keys over all heads at once, or `None`.
         dropout, scaling, head_dim: Names of its attention dropout (a probability, or a module), of its logit scale, and
             of the number of channels of a head.
         num_heads: Name of the number of its heads, where it keeps that and not `head_dim`.
@@ -39,8 +40,8 @@ class Architecture:
         returns_weights: Whether a layer returns its attention weights beside its hidden states.
         passes_kwargs: Whether keyword arguments of the backbone's forward reach its layers.
         protected: Number of class and distillation tokens at the front, which never merge.
-        registers: Configuration attribute that counts register tokens behind the class token, or `None`. They never
-            merge either.
+        registers: Configuration attribute that counts further tokens behind those, or `None`: registers, or a number of
+            class tokens that models choose. They never merge either.
         restore: Whether heads of this family read patch tokens, so that merged tokens must be copied back to the
             positions that they came from.
         restores_always: Whether the backbone itself reads tokens by their numbers, so that it cannot run without that.
@@ -64,6 +65,8 @@ class Architecture:
     value: str = "v_proj"
     output: str | None = "o_proj"
     qkv: str | None = None
+    query_norm: str | None = None
+    key_norm: str | None = None
     dropout: str = "attention_dropout"
     scaling: str = "scaling"
     head_dim: str = "head_dim"
@@ -134,6 +137,8 @@ _NESTED = Architecture(
     restore=True,
 )
 _BLIP_2 = replace(_BLIP, dropout="attention_dropout")
+_SIGLIP = replace(_CLIP, protected=0)
+_AIMV2 = replace(_SIGLIP, attention="attention", norm_before="rms_norm1", mlp_branch=("rms_norm2", "ffn"))
 
 # keyed by `config.model_type` of the backbone
 ARCHITECTURES: dict[str, Architecture] = {
@@ -151,7 +156,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         positions=AxialRotary(),
     ),
     "clip_vision_model": _CLIP,
-    "siglip_vision_model": replace(_CLIP, protected=0),
+    "siglip_vision_model": _SIGLIP,
     "ijepa": Architecture(protected=0, restore=True),
     "audio-spectrogram-transformer": Architecture(protected=2, inputs="spectrograms", input_name="input_values"),
     # video
@@ -215,6 +220,48 @@ ARCHITECTURES: dict[str, Architecture] = {
     # attention in a block of its own within that of attention and its output
     "dpt": replace(_NESTED, passes_kwargs=False),
     "vitpose_backbone": replace(_NESTED, mlp_branch=("layernorm_after", "mlp"), protected=0),
+    # towers of language models, and those of contrastive models and detectors
+    "metaclip_2_vision_model": _CLIP,
+    "idefics3_vision": replace(_SIGLIP, passes_kwargs=False),
+    "smolvlm_vision": replace(_SIGLIP, passes_kwargs=False),
+    "internvl_vision": Architecture(
+        layers="encoder.layer",
+        attention_branch=("attention.projection_layer", "attention.projection_dropout", "lambda_1"),
+        mlp_branch=("layernorm_after", "mlp", "dropout", "lambda_2"),
+        output=None,
+        query_norm="q_norm",
+        key_norm="k_norm",
+        scaling="scale",
+        restore=True,
+        passes_kwargs=False,
+    ),
+    "siglip2_vision_model": _SIGLIP,
+    "idefics2_vision": _SIGLIP,
+    "altclip_vision_model": _CLIP,
+    "chinese_clip_vision_model": _CLIP,
+    "owlvit_vision_model": _CLIP,
+    "owlv2_vision_model": _CLIP,
+    "git_vision_model": replace(_CLIP, layers="vision_model.encoder.layers"),
+    "kosmos_2_vision_model": _CLIP,
+    "pixio": Architecture(
+        attention_branch=("dropout", "drop_path"),
+        mlp_branch=("layernorm_after", "mlp", "dropout", "drop_path"),
+        protected=0,
+        registers="n_cls_tokens",
+        restore=True,
+    ),
+    "radio": replace(_DINOV2, protected=0, registers="num_summary_tokens"),
+    "tipsv2_vision_model": replace(_DINOV2, registers="num_register_tokens"),
+    "aimv2_vision_model": _AIMV2,
+    "ovis2_vision": replace(_AIMV2, layers="transformer.encoder.layers"),
+    "janus_vision_model": replace(
+        _SIGLIP,
+        attention_branch=("self_attn.projection_layer", "self_attn.projection_dropout"),
+        output=None,
+        query_norm="q_norm",
+        key_norm="k_norm",
+        dropout="attention_dropout",
+    ),
 }
 
 

@@ -20,7 +20,7 @@ def model_inputs(module: PreTrainedModel, backbone: Backbone, pixel_values: torc
         pixel_values: `(batch, channels, height, width)`, or what the model takes instead (`Architecture.inputs`).
     """
     config = backbone.module.config
-    inputs: dict[str, Any] = {module.main_input_name: pixel_values}
+    inputs: dict[str, Any] = {main_input_name(module): pixel_values}
     parameters = inspect.signature(type(module).forward).parameters
     if "skip_predictor" in parameters:  # what comes behind the encoder predicts masked parts, and changes none of it
         inputs["skip_predictor"] = True
@@ -39,6 +39,16 @@ def clip_shape(backbone: Backbone) -> tuple[int, int, int, int]:
     """Frames, channels, height and width of the clips that a backbone takes."""
     frames, channels, size = (getattr(backbone.module.config, name) for name in backbone.architecture.clip_sizes)
     return frames, channels, *as_pair(size)
+
+
+def main_input_name(module: PreTrainedModel) -> str:
+    """What the forward of a model calls its images or spectrograms.
+
+    Some vision towers inherit `input_ids` as their `main_input_name`, which their forward does not take.
+    """
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    named = module.main_input_name
+    return named if named in names or not names else names[0]
 
 
 def ascending_noise(pixel_values: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:

@@ -14,6 +14,7 @@ from tocom_hf.errors import UnsupportedModelError
 from tocom_hf.merging.architectures import Architecture, find_part
 from tocom_hf.merging.attention import attend
 from tocom_hf.merging.kernels import fused_merge, fused_plan
+from tocom_hf.merging.masks import refuse_hidden_keys
 from tocom_hf.merging.positions import Positions
 from tocom_hf.merging.recipes import matching_metric
 from tocom_hf.merging.schedule import clamp_r
@@ -80,10 +81,12 @@ class MergingLayer(Merging):
         return super().__call__(*args, **kwargs)
 
     def forward(self, hidden_states, *args, tome: TokenState | None = None, **kwargs):
-        # A mask among the arguments is one of ones, which transformers makes while a model is exported.
         if tome is None:
             return super().forward(hidden_states, *args, **kwargs)
         tome.reached = True
+        if self.tome_index == 0:
+            # A mask that passes hides nothing: transformers makes such ones while a model is exported.
+            refuse_hidden_keys(self.stock_class, args, kwargs)
         call = self._attention_call(tome, hidden_states)
         if call.sizes is None and call.r == 0 and call.queries is None:
             return super().forward(hidden_states, *args, **kwargs)
@@ -224,6 +227,9 @@ class MergingAttention(Merging):
         else:
             query, key, value = getattr(self, names.qkv)(hidden_states).chunk(3, dim=-1)
             projected = [query if queries is None else query[:, :queries], key, value]
+        if names.query_norm is not None and names.key_norm is not None:
+            projected[0] = getattr(self, names.query_norm)(projected[0])
+            projected[1] = getattr(self, names.key_norm)(projected[1])
         if names.num_heads is None:
             head_dim = getattr(self, names.head_dim)
         else:

@@ -6,8 +6,7 @@ own `TokenState`; the layers, whose classes are replaced by subclasses, read it.
 """
 
 import contextlib
-import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 from torch import nn
@@ -18,6 +17,7 @@ from tocom_hf.merging.architectures import Backbone, find_backbone, find_part
 from tocom_hf.merging.inner_layers import RestoreHook, recording_modules, refuse_hooked_layers
 from tocom_hf.merging.inputs import ascending_noise
 from tocom_hf.merging.layers import Merging, MergingAttention, MergingLayer, merging_class
+from tocom_hf.merging.masks import argument_names, refuse_hidden_tokens
 from tocom_hf.merging.recipes import MergeRecipe
 from tocom_hf.merging.schedule import Schedule
 from tocom_hf.merging.state import MergeSettings, begin_call, end_call
@@ -252,19 +252,16 @@ class MergeHook:
         self.shuffles_patches = backbone.architecture.shuffles_patches
         self.passes_kwargs = backbone.architecture.passes_kwargs
         self.layers_path = backbone.architecture.layers
-        # the positions of masks among the arguments of the backbone's forward, `None` where it has no such argument
-        names = list(inspect.signature(type(backbone.module).forward).parameters)[1:]
-        masks = ["attention_mask", *filter(None, [backbone.architecture.token_mask])]
-        self.masks = {mask: names.index(mask) if mask in names else None for mask in masks}
+        self.arguments = argument_names(type(backbone.module).forward)
+        self.token_mask = backbone.architecture.token_mask
 
     def __call__(self, module: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        for mask, index in self.masks.items():
-            if _is_given(mask, index, args, kwargs):
-                name = "an attention mask" if mask == "attention_mask" else mask
-                raise UnsupportedInputError(
-                    f"Token merging does not take {name}: merged tokens have no single position to mask. "
-                    f"Call the model without {mask}, or undo apply_tome first with remove_tome(model)."
-                )
+        refuse_hidden_tokens(self.arguments, args, kwargs)
+        if self.token_mask is not None and _is_given(self.token_mask, self.arguments, args, kwargs):
+            raise UnsupportedInputError(
+                f"Token merging does not take {self.token_mask}: merged tokens have no single position to mask. "
+                f"Call the model without {self.token_mask}, or undo apply_tome first with remove_tome(model)."
+            )
         if self.shuffles_patches and len(args) < 2 and kwargs.get("noise") is None:
             # which tokens may merge depends on their order, and the model shuffles them anew in every call
             pixel_values = args[0] if args else kwargs["pixel_values"]
@@ -296,11 +293,9 @@ def _default_settings(backbone: Backbone) -> MergeSettings:
     return MergeSettings(schedule=(), protected=backbone.protected, restore=reads_patches)
 
 
-def _is_given(name: str, index: int | None, args: tuple, kwargs: dict) -> bool:
-    """Whether an argument that may stand at an index is given, and not `None`."""
-    if index is not None and len(args) > index:
-        return args[index] is not None
-    return kwargs.get(name) is not None
+def _is_given(name: str, arguments: Sequence[str], args: tuple, kwargs: dict) -> bool:
+    """Whether an argument of a forward is given, by its name or at its place, and not `None`."""
+    return {**dict(zip(arguments, args, strict=False)), **kwargs}.get(name) is not None
 
 
 def _given_or(value: bool | None, default: bool) -> bool:
