@@ -153,7 +153,7 @@ def _kind_of_input(inputs: dict[str, Any]) -> str:
     pixels = [value for name, value in inputs.items() if name.startswith("pixel_values")]
     if not pixels:
         return "spectrograms"
-    return "clips" if pixels[0].ndim == 5 else "images"
+    return {3: "sequences of patches", 4: "images", 5: "clips"}[pixels[0].ndim]
 
 
 def _never_merged(protected: int, registers: str | None) -> str:

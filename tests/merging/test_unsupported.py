@@ -21,6 +21,14 @@ def tiny_pixtral():
     )
 
 
+def tiny_phi4():
+    phi4 = hf.models.phi4_multimodal
+    config = phi4.configuration_phi4_multimodal.Phi4MultimodalVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28
+    )
+    return phi4.modeling_phi4_multimodal.Phi4MultimodalVisionModel(config)
+
+
 def tiny_bert():
     return hf.BertModel(hf.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9))
 
@@ -34,6 +42,7 @@ def tiny_bert():
         (tiny_pixtral, "'pixtral': it joins all images"),
         (tiny_bert, r"'bert': it reads text.*\. Supported model types: .*vit"),
         (lambda: hf.CLIPTextModel(clip().text_config), "'clip_text_model': it reads text"),
+        (tiny_phi4, "'phi4_multimodal_vision': its attention is causal"),
         (lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**COMMON)), "mask_ratio = 0"),
         (lambda: hf.VitPoseBackbone(hf.VitPoseBackboneConfig(num_experts=6, part_features=8)), "with several experts"),
         (lambda: hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**COMMON, mask_ratio=0.0)), "decoder needs every token"),

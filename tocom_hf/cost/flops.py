@@ -95,6 +95,8 @@ class Example(NamedTuple):
             batch = _spectrograms(backbone, batch_size, generator)
         elif kind == "clips":
             batch = _clips(backbone, batch_size, generator)
+        elif kind == "patch sequences":
+            batch = _patch_sequences(backbone, batch_size, generator)
         else:
             batch = _images(backbone, image_size, batch_size, generator)
         images_suffice = main_input_name(model) == main_input_name(backbone.module) and not _wants_text(model)
@@ -158,6 +160,13 @@ def _clips(backbone: Backbone, batch_size: int, generator: torch.Generator) -> t
     coarse = torch.randn(batch_size, channels, 4, 8, 8, generator=generator)
     fine = torch.nn.functional.interpolate(coarse, (frames, height, width), mode="trilinear")
     return fine.transpose(1, 2)
+
+
+def _patch_sequences(backbone: Backbone, batch_size: int, generator: torch.Generator) -> torch.Tensor:
+    """Random images as sequences of patches, `(batch, patches, values)`."""
+    config = backbone.module.config
+    values = config.num_channels * config.patch_size**2
+    return torch.randn(batch_size, config.num_patches, values, generator=generator)
 
 
 def _wants_text(model: PreTrainedModel) -> bool:

@@ -47,8 +47,8 @@ class Architecture:
         restores_always: Whether the backbone itself reads tokens by their numbers, so that it cannot run without that.
         token_mask: The argument of the backbone's forward that drops tokens, beside `attention_mask`, if it has one.
         shuffles_patches: Whether every call puts the patches in a random order, as masked autoencoders do.
-        inputs: What the model takes: images; spectrograms, `(batch, frames, mel bins)`; or clips,
-            `(batch, frames, channels, height, width)`.
+        inputs: What the model takes: images; spectrograms, `(batch, frames, mel bins)`; clips,
+            `(batch, frames, channels, height, width)`; or images as sequences of patches, `(batch, patches, values)`.
         input_name: What the backbone's forward calls them.
         clip_sizes: Configuration attributes with the frames, the channels, and the height and width of a clip.
         fine_tuned_as: Model type that checkpoints become when they are fine-tuned, with the same layers; by default
@@ -81,7 +81,7 @@ class Architecture:
     restores_always: bool = False
     token_mask: str | None = None
     shuffles_patches: bool = False
-    inputs: Literal["images", "spectrograms", "clips"] = "images"
+    inputs: Literal["images", "spectrograms", "clips", "patch sequences"] = "images"
     input_name: str = "pixel_values"
     clip_sizes: tuple[str, str, str] = ("num_frames", "num_channels", "image_size")
     fine_tuned_as: str | None = None
@@ -235,7 +235,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         restore=True,
         passes_kwargs=False,
     ),
-    "siglip2_vision_model": _SIGLIP,
+    "siglip2_vision_model": replace(_SIGLIP, inputs="patch sequences"),
     "idefics2_vision": _SIGLIP,
     "altclip_vision_model": _CLIP,
     "chinese_clip_vision_model": _CLIP,

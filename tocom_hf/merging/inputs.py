@@ -2,6 +2,7 @@
 """The arguments that a model's forward needs for a batch of images or clips, and their sizes."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,12 @@ def model_inputs(module: PreTrainedModel, backbone: Backbone, pixel_values: torc
     trained_at = getattr(config, "image_size", None)
     if takes_any_size and trained_at is not None and as_pair(trained_at) != tuple(pixel_values.shape[2:]):
         inputs["interpolate_pos_encoding"] = True
+    if backbone.architecture.inputs == "patch sequences":
+        batch, patches = pixel_values.shape[:2]
+        side = math.isqrt(patches)
+        shape = torch.tensor([side, patches // side], device=pixel_values.device)
+        inputs["pixel_attention_mask"] = torch.ones(batch, patches, dtype=torch.int64, device=pixel_values.device)
+        inputs["spatial_shapes"] = shape.expand(batch, 2)
     if backbone.architecture.shuffles_patches:
         # without merging the order of the patches decides about rounding alone, but about that it does
         inputs["noise"] = ascending_noise(pixel_values, config)

@@ -14,6 +14,9 @@ _GRID = (
 _POOLED_WINDOWS = "its layers attend within windows and pool the grid of tokens, which merged tokens no longer form"
 _BIASED = "its attention is built to add a bias for every pair of grid positions, and a merged token has no single one"
 _TABLE = "it rotates queries and keys by a table that is made once for the whole grid, with the class token at its end"
+_CAUSAL_UNMASKED = (
+    "its attention is causal where no mask is given, and a merged token has no single place in that order"
+)
 _HIERARCHICAL = "it pools or strides over the token grid between its stages, which merged tokens no longer form"
 _PACKED = (
     "it packs the tokens of all images into one sequence without a batch, and joins neighbours of the grid behind its "
@@ -64,6 +67,7 @@ REASONS: dict[str, str] = {
     **dict.fromkeys(("hiera", "sam2_hiera_det_model"), _POOLED_WINDOWS),
     **dict.fromkeys(("beit", "data2vec-vision", "levit", "seggpt"), _BIASED),
     "llama4_vision_model": _TABLE,
+    "phi4_multimodal_vision": _CAUSAL_UNMASKED,
     **dict.fromkeys(("pvt", "pvt_v2", "cvt", "segformer", "glpn", "mobilevit"), _HIERARCHICAL),
     **dict.fromkeys(("qwen2_vl_vision", "glm4v_vision", "qwen3_5_vision"), _PACKED),
     **dict.fromkeys(("qwen2_5_vl_vision", "qwen2_5_omni_vision_encoder"), _PACKED_WINDOWS),
