@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 from helpers import reference
-from helpers.families import FAMILIES, SIMILAR
+from helpers.families import FAMILIES, SIMILAR, NaflexFamily
 from helpers.models import schedule_of
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -217,6 +217,8 @@ def test_compiles_as_one_graph_and_once(family):
 
 @each_kind
 def test_exports_with_a_dynamic_batch(family):
+    if isinstance(family, NaflexFamily):
+        pytest.skip("transformers resizes the positions of one image after another, for a fixed number of images")
     # one layer without sizes and one with them
     model, inputs = apply_tome(family.make(layers=2), 6), family.inputs()
     batch = torch.export.Dim("batch", min=2, max=64)
