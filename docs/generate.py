@@ -113,15 +113,28 @@ def supported_models() -> str:
     return table(["model type", "classes tested", "input", "never merges", "restored", "positions"], rows)
 
 
+# what the README leaves to the page: these are much used, or stand for others
+IN_README = {
+    "vit", "deit", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip_vision_model", "siglip_vision_model",
+    "siglip2_vision_model", "metaclip_2_vision_model", "internvl_vision", "idefics3_vision", "blip_2_vision_model",
+    "owlv2_vision_model", "dpt", "vitpose_backbone",
+}  # fmt: skip
+
+
 def supported_kinds() -> str:
-    """The supported model types by what they take."""
+    """The supported model types by what they take; of images those in `IN_README`, and how many more there are."""
     from tocom_hf.merging.architectures import ARCHITECTURES
 
     tested = _tested()
     kinds: dict[str, list[str]] = {}
     for model_type in ARCHITECTURES:
-        kinds.setdefault(tested[model_type].inputs, []).append(f"`{model_type}`")
-    return table(["input", "model types"], [[inputs, ", ".join(names)] for inputs, names in kinds.items()])
+        kinds.setdefault(tested[model_type].inputs, []).append(model_type)
+    rows = []
+    for inputs, types in kinds.items():
+        shown = [name for name in types if inputs != "images" or name in IN_README]
+        more = len(types) - len(shown)
+        rows.append([inputs, ", ".join(f"`{name}`" for name in shown) + (f" and {more} more" if more else "")])
+    return table(["input", "model types"], rows)
 
 
 @functools.cache
