@@ -115,9 +115,8 @@ def supported_models() -> str:
 
 # what the README leaves to the page: these are much used, or stand for others
 IN_README = {
-    "vit", "deit", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip_vision_model", "siglip_vision_model",
-    "siglip2_vision_model", "metaclip_2_vision_model", "internvl_vision", "idefics3_vision", "blip_2_vision_model",
-    "owlv2_vision_model", "dpt", "vitpose_backbone",
+    "vit", "deit", "vit_mae", "dinov2", "dinov3_vit", "clip_vision_model", "siglip_vision_model", "internvl_vision",
+    "idefics3_vision", "blip_2_vision_model", "owlv2_vision_model", "dpt",
 }  # fmt: skip
 
 
