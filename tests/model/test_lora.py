@@ -92,7 +92,9 @@ def assert_weights(model, expected):
 
 
 @pytest.mark.parametrize("rename", [former_name, str], ids=["transformers 4", "transformers 5"])
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "o_proj", "out_proj", "fc1", "fc2"]], ids=len)
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj", "qkv"], ["q_proj", "o_proj", "out_proj", "fc1", "fc2"]], ids=len
+)
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_the_formula_holds_for_every_family(family, targets, rename, tmp_path):
     model = family.make().double()

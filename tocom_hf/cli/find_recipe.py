@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tocom_hf.cli.endings import CommandParser, run_command
-from tocom_hf.cli.loading import load_processor
+from tocom_hf.cli.loading import load_config, load_model, load_processor, require_images, unmasked
 
 
 COMMAND = "tocom find-recipe"
@@ -46,7 +46,9 @@ def search(args: argparse.Namespace) -> None:
     from tocom_hf.data.images import load_images, with_pixel_values
     from tocom_hf.search.find_recipe import find_recipe
 
-    model = AutoModel.from_pretrained(args.model_name_or_path, dtype=torch.float32).eval()
+    config = load_config(args.model_name_or_path)
+    require_images(config, args.model_name_or_path)
+    model = load_model(AutoModel, args.model_name_or_path, dtype=torch.float32, **unmasked(config)).eval()
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     images = load_images(

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from tocom_hf.data.colour import model_channels
 from tocom_hf.errors import ArgumentError
 from tocom_hf.merging.architectures import Backbone, find_backbone
 from tocom_hf.merging.inputs import as_pair, clip_shape, main_input_name, model_inputs
@@ -144,7 +145,7 @@ def _images(
             f"image_size must be at least a patch of {patch_height} x {patch_width}, got {image_size!r}."
         )
     # neighbouring patches resemble each other, as in photographs
-    coarse = torch.randn(batch_size, config.num_channels, 8, 8, generator=generator)
+    coarse = torch.randn(batch_size, model_channels(config), 8, 8, generator=generator)
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
 
 
