@@ -33,7 +33,7 @@ from tocom_hf.distillation.degrees import uniform
 from tocom_hf.distillation.keyed_random import image_keys
 from tocom_hf.distillation.objectives import OBJECTIVES
 from tocom_hf.distillation.student import SelfDistiller
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 
 
 MAX_R, RANK, SCALE, DROPOUT = 16, 2, 0.1, 0.1

@@ -22,7 +22,7 @@ from transformers import (
 from tocom_hf.cost.flops import Example
 from tocom_hf.cost.timing import measure_costs
 from tocom_hf.devices import describe_device
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 
 
 SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_labels": 400}

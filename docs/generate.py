@@ -145,7 +145,7 @@ def _tested() -> dict[str, Tested]:
     finally:
         sys.path.remove(str(ROOT / "tests"))
     from tocom_hf import apply_tome
-    from tocom_hf.merging.architectures import find_backbone
+    from tocom_hf.merging.backbones import find_backbone
     from tocom_hf.merging.patching import get_settings
 
     tested: dict[str, Tested] = {}

@@ -23,7 +23,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from tocom_hf import ArgumentError, TocomModel
 from tocom_hf.cli.endings import CommandParser, extras_or_exit, run_command
 from tocom_hf.cli.loading import load_config, load_model, load_processor, make_accelerator
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 
 
 COMMAND = "model_arithmetic.py"

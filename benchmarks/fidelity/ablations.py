@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from tocom_hf import DistillationArguments, PluginSet, apply_tome, distill
 from tocom_hf.data.images import TrainingImages, load_images, with_pixel_values
 from tocom_hf.distillation.degrees import SAMPLERS
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.plugins.config import CONFIG_NAME
 
 

@@ -8,7 +8,7 @@ from helpers.models import make_model
 
 from tocom_hf.cost.flops import Example
 from tocom_hf.cost.timing import measure_costs, time_degrees
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from helpers.models import make_model
 
 from tocom_hf.distillation.branches import PluginChain
 from tocom_hf.distillation.keyed_random import image_keys
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 
 
 def trained(model, dropout=0.0):

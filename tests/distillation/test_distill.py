@@ -26,7 +26,7 @@ from tocom_hf.distillation.branches import PluginChain
 from tocom_hf.distillation.distill import DistillationArguments, distill
 from tocom_hf.distillation.objectives import OBJECTIVES
 from tocom_hf.distillation.student import SelfDistiller
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 
 
 def trained_chain(model, max_r=4):

@@ -12,7 +12,7 @@ from helpers.models import describe, make_model
 
 from tocom_hf import ArgumentError, UnsupportedModelError, apply_tome, trace_tokens
 from tocom_hf.distillation.objectives import OBJECTIVES, find_objective
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.merging.inputs import model_inputs
 
 

@@ -3,7 +3,7 @@
 
 import time
 
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 
 
 class TokenClock:

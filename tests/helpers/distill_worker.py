@@ -20,7 +20,7 @@ from transformers import ViTImageProcessorPil
 from helpers.models import make_model
 from tocom_hf.data.images import TrainingImages, load_images
 from tocom_hf.distillation.distill import DistillationArguments, distill
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 
 
 class ShardingAccelerator(Accelerator):

@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from tocom_hf import PluginSet
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.merging.patching import get_settings
 from tocom_hf.plugins.composition import Factors
 from tocom_hf.plugins.config import BackboneFacts, PluginSetConfig

@@ -14,7 +14,7 @@ from helpers.models import schedule_of
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from tocom_hf import apply_tome, remove_tome
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 
 
 every_family = pytest.mark.parametrize("family", [*FAMILIES, *SIMILAR], ids=str)
@@ -77,7 +77,7 @@ def test_layers_equal_the_slow_reference(family, r, implementation):
     if found.shape != expected.shape:
         expected = reference.restore(expected, groups)
     # the softmax of eager attention is in float32, whatever the dtype of the model
-    tolerance = 5e-5 if implementation == "eager" else 1e-5
+    tolerance = 5e-5 if implementation == "eager" and family in SIMILAR else 1e-5
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from tocom_hf import PluginSet, TocomModel, UnsupportedModelError, apply_tome
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 32, "width": 32})

@@ -12,7 +12,7 @@ from helpers.models import describe, make_model
 from torch import nn
 
 from tocom_hf import UnsupportedInputError, apply_tome, remove_tome
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 
 
 SCHEDULE = [5, 0, 7, 3]

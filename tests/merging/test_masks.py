@@ -7,7 +7,7 @@ import transformers as hf
 from helpers.families import COMMON, SIMILAR
 
 from tocom_hf import UnsupportedInputError, apply_tome
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 
 
 TOWERS = {str(family): family for family in SIMILAR}
@@ -125,3 +125,9 @@ def test_exported_programs_assert_that_nothing_is_hidden():
         torch.testing.assert_close(exported(**inputs).pooler_output, model(**inputs).pooler_output)
         with pytest.raises(RuntimeError, match="pixel_attention_mask hides tokens"):
             exported(**{**inputs, name: last_padded(ones)})
+
+
+def test_a_mask_that_is_no_tensor_is_refused_as_such():
+    model, inputs = vit()
+    with pytest.raises(UnsupportedInputError, match=r"^attention_mask must be a torch\.Tensor, got ndarray"):
+        apply_tome(model, 4)(**inputs, attention_mask=torch.ones(3, 65).numpy())

@@ -10,7 +10,7 @@ from helpers import reference
 from helpers.families import DINO, FAMILIES, dinov3
 
 from tocom_hf import UnsupportedModelError, apply_tome, trace_tokens
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.merging.state import MergeSettings, TokenState, running_call
 
 

@@ -8,7 +8,7 @@ from helpers.families import COMMON, clip, dino, video_llava
 from helpers.models import describe, make_plugins
 
 from tocom_hf import ArgumentError, TocomModel, apply_tome, calibrate, count_flops, remove_tome, trace_tokens
-from tocom_hf.merging.architectures import backbones_in, find_backbone
+from tocom_hf.merging.backbones import backbones_in, find_backbone
 from tocom_hf.merging.layers import MergingLayer
 
 

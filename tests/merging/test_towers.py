@@ -7,7 +7,7 @@ import transformers as hf
 from helpers.families import SIMILAR, internvl_tower, tower
 
 from tocom_hf import ArgumentError, apply_tome, count_flops, remove_tome
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 
 
 IMAGE = 99  # the id of image tokens

@@ -7,15 +7,18 @@ import transformers as hf
 from helpers import reference
 from helpers.families import FAMILIES, SIMILAR, videomae, vivit, vjepa2
 from helpers.models import make_plugins, schedule_of
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tocom_hf import (
     ArgumentError,
+    DistillationArguments,
     TocomModel,
     UnsupportedInputError,
     UnsupportedModelError,
     apply_tome,
     calibrate,
     count_flops,
+    distill,
     remove_tome,
 )
 
@@ -127,3 +130,27 @@ def test_cost_is_that_of_clips_of_the_configuration(family):
     assert count_flops(model, 9) == calibration[9].gflops * 1e9 < count_flops(model, 0)
     with pytest.raises(ArgumentError, match="takes clips, not images, and only at the size"):
         count_flops(model, 0, image_size=32)
+
+
+@pytest.mark.parametrize("family", CLIPS, ids=str)
+def test_plugins_are_distilled_from_clips(family):
+    inputs = family.inputs(batch=2)
+    clips = [{"pixel_values": clip} for clip in next(iter(inputs.values()))]
+    plugins = distill(
+        family.make(layers=2),
+        clips,
+        DistillationArguments(max_r=3, num_train_epochs=1, per_device_train_batch_size=2, learning_rate=0.1),
+    )
+    plain = TocomModel.from_pretrained(family.make(layers=2), plugins=plugins, source_r=0, target_r=3, scale=0.0)
+    before = family.result(plain, inputs)
+    tocom = TocomModel.from_pretrained(family.make(layers=2), plugins=plugins, source_r=0, target_r=3)
+    assert not torch.equal(family.result(tocom, inputs), before)
+
+
+def test_a_layer_that_somebody_wraps_to_be_recomputed_is_refused():
+    """The model hands its layers no keyword arguments, so what wraps one cannot keep the state of the call."""
+    model = apply_tome(hf.VideoMAEForVideoClassification(videomae()), 9).train()
+    layers = model.videomae.encoder.layer
+    layers[1] = checkpoint_wrapper(layers[1])
+    with pytest.raises(UnsupportedModelError, match="gradient_checkpointing_enable"):
+        model(make_clips()).logits.sum().backward()

@@ -29,7 +29,7 @@ from tocom_hf import (
     apply_tome,
     remove_tome,
 )
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.merging.patching import merging_at
 
 

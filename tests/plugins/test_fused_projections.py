@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tocom_hf import BackboneMismatchError, PluginFileError, PluginSet, TocomModel
 from tocom_hf.distillation.branches import PluginChain
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 
 
 BLIP = next(family for family in FAMILIES if family.model_class is hf.BlipVisionModel)

@@ -27,7 +27,7 @@ from tocom_hf import (
     apply_tome,
     save_composite,
 )
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.plugins.adapters import write_adapter
 from tocom_hf.plugins.composition import Factors
 from tocom_hf.storage.transaction import write_folder

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tocom_hf import PluginSet, TocomModel
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 
 
 EXAMPLES = max(int(os.environ.get("FUZZ_EXAMPLES", "0")) // 20, 12)

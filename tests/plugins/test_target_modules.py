@@ -24,7 +24,7 @@ from tocom_hf import (
 from tocom_hf.distillation.branches import PluginChain
 from tocom_hf.distillation.objectives import OBJECTIVES
 from tocom_hf.distillation.student import SelfDistiller
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.plugins.cards import plugin_set_card
 
 

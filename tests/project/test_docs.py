@@ -20,7 +20,7 @@ from transformers import AutoModel
 from transformers.utils import logging
 
 from tocom_hf import PluginFileError, PluginSet, TocomModel
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.merging.patching import get_settings
 from tocom_hf.plugins.config import BackboneFacts, PluginSetConfig
 

@@ -13,7 +13,7 @@ from PIL import Image as Pictures
 from tocom_hf import ArgumentError, DatasetError, DegreeError, MergeRecipe, apply_tome, count_flops, find_recipe
 from tocom_hf.cli.find_recipe import main
 from tocom_hf.cost.flops import Example
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.merging.recipes import TOME_RECIPE
 from tocom_hf.search.flop_model import FlopModel
 
@@ -106,6 +106,18 @@ def test_a_search_goes_on_where_it_stopped(images, tmp_path, found):
     assert find_recipe(make_model(hf.ViTModel), images, [4, 8], **arguments) == found
     with pytest.raises(ArgumentError, match="another model, other images or another seed"):
         find_recipe(make_model(hf.ViTModel, seed=1), images, [4, 8], **arguments)
+
+
+def test_what_was_measured_is_not_measured_again(images, tmp_path):
+    calls = []
+    model = make_model(hf.ViTModel)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    arguments = {"max_evaluations": 5, "progress": tmp_path / "progress.json"}
+    first = find_recipe(model, images, [4], **arguments)
+    whole = len(calls)
+    assert find_recipe(model, images, [4], **arguments) == first
+    # the features without merging, of either half, and the number of tokens
+    assert len(calls) - whole < 10 < whole
 
 
 def test_wrong_arguments_are_refused_before_anything_runs(images):

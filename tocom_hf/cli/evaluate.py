@@ -179,7 +179,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from tocom_hf.data.labels import match_labels
     from tocom_hf.evaluation.grid import evaluate_checkpoint
     from tocom_hf.evaluation.reports import Report
-    from tocom_hf.merging.architectures import find_backbone
+    from tocom_hf.merging.backbones import find_backbone
     from tocom_hf.plugins.composition import require_scale
     from tocom_hf.scales.choice import WIDE_SCALES
 

@@ -53,7 +53,7 @@ def load_exportable(args: argparse.Namespace) -> Any:
 def find_processor(args: argparse.Namespace, model: Any) -> Any:
     """The image processor to export: the one asked for, that of the model if it has one, or `False`."""
     from tocom_hf.errors import ArgumentError
-    from tocom_hf.merging.architectures import find_backbone
+    from tocom_hf.merging.backbones import find_backbone
 
     if args.processor is not None:
         return load_processor(args.processor) if args.processor else False

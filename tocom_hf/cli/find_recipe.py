@@ -13,10 +13,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tocom_hf.cli.endings import CommandParser, run_command
-from tocom_hf.cli.loading import load_config, load_model, load_processor, require_images, unmasked
+from tocom_hf.cli.loading import add_image_options, load_config, load_model, load_samples, require_images, unmasked
 
 
 COMMAND = "tocom find-recipe"
@@ -26,11 +25,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(COMMAND, __doc__)
     parser.add_argument("--model_name_or_path", required=True, help="Pre-trained or fine-tuned: Hub id or folder.")
     parser.add_argument("--degrees", type=int, nargs="+", required=True, help="Degrees to search for.")
-    parser.add_argument("--dataset_name", required=True, help="Hub name, folder of images, or parquet file.")
-    parser.add_argument("--dataset_config_name", help="Configuration of a Hub data set.")
-    parser.add_argument("--dataset_split", default="train", help="Split to choose by.")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--max_samples", type=int, default=200, help="Images, drawn at random; half of them decide.")
+    add_image_options(parser)
     parser.add_argument("--max_evaluations", type=int, default=60, help="Schedules to try at each degree; 0 for none.")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
@@ -42,8 +37,6 @@ def search(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModel
 
-    from tocom_hf.data.colour import model_channels
-    from tocom_hf.data.images import load_images, with_pixel_values
     from tocom_hf.search.find_recipe import find_recipe
 
     config = load_config(args.model_name_or_path)
@@ -51,20 +44,7 @@ def search(args: argparse.Namespace) -> None:
     model = load_model(AutoModel, args.model_name_or_path, dtype=torch.float32, **unmasked(config)).eval()
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    images = load_images(
-        args.dataset_name,
-        split=args.dataset_split,
-        config_name=args.dataset_config_name,
-        image_column=args.image_column,
-        max_samples=args.max_samples,
-    )
-    processed = with_pixel_values(
-        images,
-        load_processor(args.model_name_or_path),
-        image_column=args.image_column,
-        num_channels=model_channels(model.config),
-    )
-    samples: Any = [processed[i] for i in range(len(processed))]
+    samples = load_samples(args, config)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     found = find_recipe(
         model,

@@ -12,10 +12,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tocom_hf.cli.endings import CommandParser, run_command
-from tocom_hf.cli.loading import load_processor, require_images
+from tocom_hf.cli.loading import add_image_options, load_config, load_samples, require_images
 
 
 COMMAND = "tocom fit-scales"
@@ -27,11 +26,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plugins", required=True, help="Plugin set of its backbone: Hub id or folder.")
     parser.add_argument("--source_r", type=int, help="The degree of the checkpoint, if it does not record it.")
     parser.add_argument("--target_r", type=int, nargs="+", help="Degrees to run at; default: all of the set.")
-    parser.add_argument("--dataset_name", required=True, help="Hub name, folder of images, or parquet file.")
-    parser.add_argument("--dataset_config_name", help="Configuration of a Hub data set.")
-    parser.add_argument("--dataset_split", default="train", help="Split to fit on.")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--max_samples", type=int, default=200, help="Images to fit on, drawn at random.")
+    add_image_options(parser)
     parser.add_argument("--max_steps", type=int, default=400)
     parser.add_argument("--per_device_train_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=0.1)
@@ -43,30 +38,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def fit(args: argparse.Namespace) -> None:
     import torch
 
-    from tocom_hf.data.colour import model_channels
-    from tocom_hf.data.images import load_images, with_pixel_values
     from tocom_hf.model.tocom_model import TocomModel
     from tocom_hf.scales.fitting import fit_scales
 
+    require_images(load_config(args.model_name_or_path), args.model_name_or_path)
     model = TocomModel.from_pretrained(
         args.model_name_or_path, plugins=args.plugins, source_r=args.source_r, dtype=torch.float32
     )
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
-    require_images(model.config, args.model_name_or_path)
-    processor = load_processor(args.model_name_or_path)
-    images = load_images(
-        args.dataset_name,
-        split=args.dataset_split,
-        config_name=args.dataset_config_name,
-        image_column=args.image_column,
-        max_samples=args.max_samples,
-    )
-    processed = with_pixel_values(
-        images, processor, image_column=args.image_column, num_channels=model_channels(model.config)
-    )
-    # Every image is used many times, and decoded once.
-    samples: Any = [processed[i] for i in range(len(processed))]
+    samples = load_samples(args, model.config)
     plugins = fit_scales(
         model,
         samples,

@@ -109,7 +109,7 @@ def make_report(
         DegreeError, ArgumentError: if an argument is out of range.
     """
     from tocom_hf.cost.calibration import calibrate
-    from tocom_hf.merging.architectures import find_backbone
+    from tocom_hf.merging.backbones import find_backbone
     from tocom_hf.merging.patching import get_settings, set_merging
 
     place = measuring_device(device)
@@ -183,7 +183,8 @@ def build_with_random_weights(name: str, config: Any, part: str | None) -> "PreT
     import torch
     from transformers import MODEL_MAPPING, AutoModel
 
-    from tocom_hf.merging.architectures import ARCHITECTURES, find_backbone
+    from tocom_hf.merging.architectures import ARCHITECTURES
+    from tocom_hf.merging.backbones import find_backbone
     from tocom_hf.merging.refusals import parts_of
     from tocom_hf.model.loading import model_class_of
 
@@ -210,7 +211,7 @@ def degrees_to_measure(
 ) -> list[int]:
     """The degrees that are asked for, or those up to where the first layer, and so every layer, can merge no more."""
     from tocom_hf.cost.calibration import calibrate
-    from tocom_hf.merging.architectures import find_backbone
+    from tocom_hf.merging.backbones import find_backbone
     from tocom_hf.merging.schedule import require_degree
 
     if target_r is None:

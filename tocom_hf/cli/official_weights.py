@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from tocom_hf.errors import PluginFileError
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.plugins.composition import Factors, require_scale
 from tocom_hf.plugins.config import BackboneFacts, PluginSetConfig
 from tocom_hf.plugins.plugin_set import PluginSet

@@ -68,7 +68,7 @@ def visualize(args: argparse.Namespace) -> None:
     from transformers import AutoModel
 
     from tocom_hf.data.colour import find_num_channels, model_channels
-    from tocom_hf.merging.architectures import find_backbone
+    from tocom_hf.merging.backbones import find_backbone
     from tocom_hf.merging.inputs import patch_grid
     from tocom_hf.merging.patching import apply_tome
     from tocom_hf.merging.tracing import trace_tokens

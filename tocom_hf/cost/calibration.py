@@ -19,7 +19,7 @@ from tocom_hf.cost.timing import DegreeCost, measure_costs
 from tocom_hf.devices import describe_device, evaluation_mode
 from tocom_hf.errors import ArgumentError, BudgetError, CalibrationError, DegreeError
 from tocom_hf.extras import require_extras
-from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.backbones import Backbone, find_backbone
 from tocom_hf.merging.schedule import require_degree
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tocom_hf.data.colour import model_channels
 from tocom_hf.errors import ArgumentError
-from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.backbones import Backbone, find_backbone
 from tocom_hf.merging.inputs import as_pair, clip_shape, main_input_name, model_inputs
 from tocom_hf.merging.patching import get_settings, merging_at
 from tocom_hf.merging.schedule import Schedule, require_degree, tokens_per_layer
@@ -23,7 +23,7 @@ def count_flops(model: PreTrainedModel, r: int, image_size: int | tuple[int, int
     """Floating-point operations for one image (spectrogram, clip) at a degree, as `torch.utils.flop_counter` counts.
 
     A multiply-add is two operations; papers that count multiply-adds report half. Attention is counted as the two
-    matrix products that it consists of, whichever kernel the model uses.
+    matrix products that it consists of, whichever kernel the model uses. Of a bare V-JEPA 2 its encoder is counted.
 
     Args:
         model: A supported model. It is left as it was.

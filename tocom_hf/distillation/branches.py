@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tocom_hf.distillation.keyed_random import fold, keep_mask
-from tocom_hf.merging.architectures import Backbone
+from tocom_hf.merging.backbones import Backbone
 from tocom_hf.plugins.composition import Adapter, Factors, chain
 from tocom_hf.plugins.fused import join_query_and_value, split_query_and_value
 

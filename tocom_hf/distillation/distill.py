@@ -28,7 +28,7 @@ from tocom_hf.distillation.order import is_stream
 from tocom_hf.distillation.run_state import find_state, make_output_dir
 from tocom_hf.distillation.student import SelfDistiller
 from tocom_hf.errors import ArgumentError, DatasetError, DegreeError, UnsupportedModelError
-from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.backbones import Backbone, find_backbone
 from tocom_hf.merging.patching import get_settings, unset_merging
 from tocom_hf.plugins.composition import Adapter, Factors
 from tocom_hf.plugins.config import BackboneFacts, PluginSetConfig

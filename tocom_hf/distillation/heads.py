@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tocom_hf.errors import UnsupportedModelError
-from tocom_hf.merging.architectures import Backbone
+from tocom_hf.merging.backbones import Backbone
 from tocom_hf.merging.inputs import model_inputs
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tocom_hf.distillation.heads import Logits, has_head, head_of
 from tocom_hf.errors import ArgumentError, UnsupportedModelError
-from tocom_hf.merging.architectures import Backbone
+from tocom_hf.merging.backbones import Backbone
 from tocom_hf.merging.inputs import model_inputs
 from tocom_hf.merging.tokens import group_sizes, mean_over_groups
 from tocom_hf.merging.tracing import traced

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 
 from tocom_hf.distillation.branches import PluginChain
 from tocom_hf.distillation.objectives import Objective
-from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.backbones import Backbone, find_backbone
 from tocom_hf.merging.patching import set_merging
 from tocom_hf.merging.recipes import MergeRecipe
 

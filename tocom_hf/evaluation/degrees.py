@@ -12,7 +12,7 @@ from tocom_hf.cost.timing import DegreeCost, measure_costs
 from tocom_hf.devices import evaluation_mode
 from tocom_hf.errors import DatasetError
 from tocom_hf.evaluation.classifiers import require_classifier_model
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.model.tocom_model import TocomModel
 
 

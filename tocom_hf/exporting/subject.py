@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tocom_hf.cost.flops import DegreeCount, Example
 from tocom_hf.errors import DegreeError, UnsupportedModelError
-from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.backbones import Backbone, find_backbone
 from tocom_hf.merging.inputs import main_input_name, model_inputs
 from tocom_hf.merging.patching import merging_at
 from tocom_hf.merging.schedule import require_degree

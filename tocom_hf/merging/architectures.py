@@ -4,12 +4,12 @@
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from tocom_hf.errors import ArgumentError, UnsupportedModelError
+from tocom_hf.errors import UnsupportedModelError
 from tocom_hf.merging.positions import AxialRotary, ClipRotary, Positions
 from tocom_hf.merging.refusals import explain, parts_of
 
@@ -123,6 +123,8 @@ _CLIP = Architecture(
     restore=True,
 )
 _BLIP = replace(_CLIP, qkv="qkv", output="projection")
+_BLIP_2 = replace(_BLIP, dropout="attention_dropout")
+# attention in a block of its own within that of attention and its output
 _NESTED = Architecture(
     layers="encoder.layer",
     attention="attention.attention",
@@ -136,7 +138,6 @@ _NESTED = Architecture(
     head_dim="attention_head_size",
     restore=True,
 )
-_BLIP_2 = replace(_BLIP, dropout="attention_dropout")
 _SIGLIP = replace(_CLIP, protected=0)
 _AIMV2 = replace(_SIGLIP, attention="attention", norm_before="rms_norm1", mlp_branch=("rms_norm2", "ffn"))
 
@@ -160,34 +161,21 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ijepa": Architecture(protected=0, restore=True),
     "audio-spectrogram-transformer": Architecture(protected=2, inputs="spectrograms", input_name="input_values"),
     # video
-    "videomae": Architecture(
-        layers="encoder.layer",
-        attention="attention.attention",
-        attention_branch=("attention.output.dense", "attention.output.dropout"),
-        mlp_branch=("layernorm_after", "intermediate", "output.dense", "output.dropout"),
-        query="query",
-        key="key",
-        value="value",
-        output=None,
-        dropout="dropout_prob",
-        head_dim="attention_head_size",
+    "videomae": replace(
+        _NESTED,  # restored, because classifiers read the mean of all tokens
         passes_kwargs=False,
         protected=0,
-        restore=True,  # classifiers read the mean of all tokens
         token_mask="bool_masked_pos",
         inputs="clips",
     ),
     "vivit": Architecture(inputs="clips"),
     "vjepa2": replace(
-        _DINOV2,
+        _NESTED,
+        attention="attention",
+        norm_before="norm1",
         attention_branch=("drop_path",),
         mlp_branch=("norm2", "mlp", "drop_path"),
-        query="query",
-        key="key",
-        value="value",
         output="proj",
-        dropout="dropout_prob",
-        head_dim="attention_head_size",
         positions=ClipRotary(),
         eager_adds_mask=False,
         returns_weights=True,
@@ -217,7 +205,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         passes_kwargs=False,
         restore=True,
     ),
-    # attention in a block of its own within that of attention and its output
+    # dense heads
     "dpt": replace(_NESTED, passes_kwargs=False),
     "vitpose_backbone": replace(_NESTED, mlp_branch=("layernorm_after", "mlp"), protected=0),
     # towers of language models, and those of contrastive models and detectors
@@ -265,80 +253,6 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-class Backbone(NamedTuple):
-    """The part of a model that token merging applies to.
-
-    `find_backbone` looks for it once, at the door of a public function; what lies behind the door is handed the result.
-
-    Attributes:
-        model: The model that was looked at.
-        path: Name of the backbone in the model; empty where the model is the backbone itself.
-        module: The backbone, what `AutoModel` would load.
-        architecture: Its entry in the table.
-    """
-
-    model: PreTrainedModel
-    path: str
-    module: PreTrainedModel
-    architecture: Architecture
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return cast(nn.ModuleList, self.module.get_submodule(self.architecture.layers))
-
-    @property
-    def is_patched(self) -> bool:
-        """Whether the layers merge tokens."""
-        return hasattr(self.layers[0], "tome_index")
-
-    @property
-    def protected(self) -> int:
-        """Number of tokens at the front that never merge."""
-        registers = self.architecture.registers
-        return self.architecture.protected + (getattr(self.module.config, registers) if registers else 0)
-
-    def projections(self, target_modules: Iterable[str] | None = None) -> dict[str, nn.Module]:
-        """The linear layers that plugins apply to, by their path in the backbone; takes what `projection_paths` takes.
-
-        Raises:
-            AttributeError: if the backbone has no module of such a name.
-        """
-        paths = projection_paths(self.module.config.model_type, len(self.layers), target_modules)
-        return {path: self.module.get_submodule(path) for path in paths}
-
-    def find_target_modules(self, names: Iterable[str]) -> dict[str, tuple[int, int]] | None:
-        """The linear layers that names stand for.
-
-        Args:
-            names: As PEFT has them: the last part of a name in the transformer layer (`fc1`), all of it (`mlp.fc1`), or
-                `all-linear`.
-
-        Returns:
-            The shapes of their weights, `(out, in)`, by name in the layer, in the order of the layer. `None` where they
-            are query and value, which is what plugins apply to by default.
-
-        Raises:
-            ArgumentError: if a name stands for nothing.
-        """
-        wanted = list(names)
-        if not wanted:
-            raise ArgumentError("target_modules is empty. Name linear layers, or leave it out for query and value.")
-        linear = {name: part for name, part in self.layers[0].named_modules() if isinstance(part, nn.Linear)}
-        found: set[str] = set()
-        for name in wanted:
-            matches = {path for path in linear if name == "all-linear" or f".{path}".endswith(f".{name}")}
-            if not name or not matches:
-                raise ArgumentError(
-                    f"target_modules has {name!r}, but the linear layers of a transformer layer of this model are "
-                    f"{', '.join(linear)}. Name some of these, or all-linear."
-                )
-            found |= matches
-        # a fused projection that is named is meant with the rows of the key
-        if self.architecture.qkv is None and found == {*self.architecture.query_and_value}:
-            return None
-        return {path: (part.out_features, part.in_features) for path, part in linear.items() if path in found}
-
-
 def find_part(layer: nn.Module, path: str) -> Any:
     """The part of a layer that stands at a path: a module, or a parameter."""
     return functools.reduce(getattr, path.split("."), layer)
@@ -362,77 +276,14 @@ def projection_paths(model_type: str, num_layers: int, target_modules: Iterable[
     return [f"{architecture.layers}.{index}.{name}" for index in range(num_layers) for name in names]
 
 
-def find_backbone(model: nn.Module, name: str | None = None) -> Backbone:
-    """Find the supported backbone in `model`: the innermost module of a listed model type that holds the layers.
-
-    Args:
-        model: A transformers model.
-        name: Which backbone, for models with several: its path in the model, or a part of the path that only one of
-            them has (`vision_tower`). Where none is named, the one that merges already is meant.
-
-    Raises:
-        UnsupportedModelError: if there is none, or if it is used in a way that merging breaks.
-        ArgumentError: if there are several and none is named, or if not one goes by that name.
-    """
-    if hasattr(model, "merge_and_unload"):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is a model of PEFT whose adapters are not merged. Merge them into the weights "
-            "first, then merge tokens or compose: model = model.merge_and_unload()."
-        )
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModelError(
-            f"The {type(model).__name__} has adapters of its own (add_adapter, load_adapter), which are not merged. "
-            "Load them with PEFT and merge them first: PeftModel.from_pretrained(base, adapter).merge_and_unload()."
-        )
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"Expected a transformers model (PreTrainedModel), got {type(model).__name__}. "
-            "Load it with an Auto class of transformers, or pass the transformers model inside your wrapper."
-        )
-    found = backbones_in(model)
-    if not found:
-        raise unsupported(model.config)
-    backbone = found[0] if name is None and len(found) == 1 else _chosen(found, name)
-    _refuse_unsound_use(backbone)
-    return backbone
-
-
-def backbones_in(model: PreTrainedModel) -> list[Backbone]:
-    """All supported backbones of a model, in the order of its modules."""
-    found = []
-    for path, module in model.named_modules():
-        if isinstance(module, PreTrainedModel):
-            architecture = ARCHITECTURES.get(module.config.model_type)
-            if architecture is not None and _has(module, architecture.layers):
-                found.append(Backbone(model, path, module, architecture))
-    return found
-
-
-def _chosen(found: list[Backbone], name: str | None) -> Backbone:
-    """The one of several backbones that a caller means."""
-    paths = ", ".join(repr(backbone.path) for backbone in found)
-    if name is None:
-        merging = [backbone for backbone in found if backbone.is_patched]
-        if len(merging) == 1:
-            return merging[0]
-        raise ArgumentError(
-            f"{type(found[0].model).__name__} has {len(found)} backbones that could merge tokens: {paths}. Name one, "
-            f"backbone={found[0].path!r}, or pass that part of the model alone, model.get_submodule({found[0].path!r})."
-        )
-    exact = [backbone for backbone in found if backbone.path == name]
-    named = exact or [backbone for backbone in found if f".{name}." in f".{backbone.path}."]
-    if len(named) != 1:
-        number = "more than one of them" if named else "none of them"
-        raise ArgumentError(
-            f"backbone={name!r} stands for {number}: the backbones of {type(found[0].model).__name__} that could merge "
-            f"tokens are {paths}."
-        )
-    return named[0]
+def supported_parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """Those of a supported type among a configuration and its parts (`CLIPConfig` has a vision and a text part)."""
+    return [part for part in parts_of(config) if part.model_type in ARCHITECTURES]
 
 
 def supported_types(config: PreTrainedConfig) -> set[str]:
-    """The supported model types among a configuration and its parts (`CLIPConfig` has a vision and a text part)."""
-    return {part.model_type for part in parts_of(config)} & ARCHITECTURES.keys()
+    """The model types of `supported_parts`."""
+    return {part.model_type for part in supported_parts(config)}
 
 
 def unsupported(subject: str | PreTrainedConfig) -> UnsupportedModelError:
@@ -441,34 +292,3 @@ def unsupported(subject: str | PreTrainedConfig) -> UnsupportedModelError:
         f"Token merging does not support the architecture {explain(subject)}. "
         f"Supported model types: {', '.join(sorted(ARCHITECTURES))}."
     )
-
-
-def _refuse_unsound_use(backbone: Backbone) -> None:
-    if getattr(backbone.module.config, "num_experts", 1) > 1:
-        raise UnsupportedModelError(
-            f"Token merging does not support {type(backbone.module).__name__} with several experts (num_experts="
-            f"{backbone.module.config.num_experts}): its MLPs are told which expert to use. A single expert is "
-            "supported."
-        )
-    masked = backbone.architecture.shuffles_patches and backbone.module.config.mask_ratio > 0
-    if masked or (backbone.architecture.shuffles_patches and hasattr(backbone.model, "decoder")):
-        raise UnsupportedModelError(
-            "Token merging supports the encoder of ViT-MAE without random masking. "
-            "Load ViTMAEModel with config.mask_ratio = 0; the pre-training decoder needs every token."
-        )
-    # Both parts of a model for pre-training are of one type; the decoder of another model is a model of text.
-    one_type = backbone.model.config.model_type == backbone.module.config.model_type
-    if backbone.architecture.token_mask is not None and one_type and hasattr(backbone.model, "decoder"):
-        raise UnsupportedModelError(
-            f"Token merging does not support {type(backbone.model).__name__}: its decoder needs every token that "
-            f"{backbone.architecture.token_mask} leaves over. Load the model with its classifier, or its encoder alone "
-            "(AutoModel)."
-        )
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
-    except AttributeError:
-        return False
-    return True

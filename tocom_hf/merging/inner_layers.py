@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tocom_hf.errors import UnsupportedInputError
-from tocom_hf.merging.architectures import Backbone
+from tocom_hf.merging.backbones import Backbone
 from tocom_hf.merging.state import TokenState, running_call
 from tocom_hf.merging.tokens import follow_tokens, restore_tokens
 

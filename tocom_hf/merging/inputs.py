@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tocom_hf.merging.architectures import Backbone
+from tocom_hf.merging.backbones import Backbone
 
 
 def model_inputs(module: PreTrainedModel, backbone: Backbone, pixel_values: torch.Tensor) -> dict[str, Any]:

@@ -78,6 +78,11 @@ class MergingLayer(Merging):
         # checkpointing) keeps what this call is given, while no call of the backbone is running then.
         if kwargs.get("tome") is None:
             kwargs["tome"] = running_call()
+            if kwargs["tome"] is None and not torch.compiler.is_compiling() and _is_in_backward_pass():
+                raise UnsupportedModelError(
+                    f"{type(self).__name__} is computed a second time without what its first time has merged, as "
+                    "wrappers of single layers do. Recompute with model.gradient_checkpointing_enable() instead."
+                )
         return super().__call__(*args, **kwargs)
 
     def forward(self, hidden_states, *args, tome: TokenState | None = None, **kwargs):
@@ -257,6 +262,10 @@ def _through(layer: nn.Module, names: tuple[str, ...], hidden_states: torch.Tens
         part = find_part(layer, name)
         hidden_states = part(hidden_states) if callable(part) else part * hidden_states
     return hidden_states
+
+
+def _is_in_backward_pass() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _dropout_of(dropout: nn.Dropout | float) -> float:

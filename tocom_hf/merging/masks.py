@@ -81,7 +81,7 @@ def _require_ones(name: str, mask: Any) -> None:
         "accepted), or undo apply_tome first with remove_tome(model)."
     )
     if not isinstance(mask, torch.Tensor):
-        raise UnsupportedInputError(message)
+        raise UnsupportedInputError(f"{name} must be a torch.Tensor, got {type(mask).__name__}.")
     if mask.device.type == "meta":
         return
     hidden = mask != 0 if _is_additive(mask) else mask == 0

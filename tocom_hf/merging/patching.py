@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tocom_hf.errors import ArgumentError, DegreeError, UnsupportedInputError, UnsupportedModelError
-from tocom_hf.merging.architectures import Backbone, find_backbone, find_part
+from tocom_hf.merging.architectures import find_part
+from tocom_hf.merging.backbones import Backbone, find_backbone
 from tocom_hf.merging.inner_layers import RestoreHook, recording_modules, refuse_hooked_layers
 from tocom_hf.merging.inputs import ascending_noise
 from tocom_hf.merging.layers import Merging, MergingAttention, MergingLayer, merging_class

@@ -32,10 +32,11 @@ _JOINED = "it joins all images into one sequence, with a mask that keeps them ap
 _POOLED_BY_POSITION = (
     "it pools its tokens by the positions that came with them, and norms what its branches put out, too"
 )
-_REPEATED_POSITIONS = (
-    "it adds an embedding to every grid position again behind its layers (use_mid_position_embeddings), and its "
-    "detection tokens stand at the end"
+_DETECTION_TOKENS = (
+    "its detection tokens stand behind the patches, and by default it adds an embedding to every grid position again "
+    "behind its layers (use_mid_position_embeddings)"
 )
+_TWO_FORMS = "its layers return attention weights beside hidden states only when asked, which the table cannot say yet"
 _TIME_AND_SPACE = "it sorts its tokens by frame, row and column in every layer, to attend over time and space in turn"
 _GROUPS = "it merges tokens itself: between its stages, learned group tokens gather the patches"
 _LATE_QUERIES = "its queries join the sequence in its last layers, with masks over the grid of patches"
@@ -73,13 +74,14 @@ REASONS: dict[str, str] = {
     "llama4_vision_model": _TABLE,
     "phi4_multimodal_vision": _CAUSAL_UNMASKED,
     "timm_wrapper": _TIMM,
+    "flava_image_model": _TWO_FORMS,
     **dict.fromkeys(("pvt", "pvt_v2", "cvt", "segformer", "glpn", "mobilevit"), _HIERARCHICAL),
     **dict.fromkeys(("qwen2_vl_vision", "glm4v_vision", "qwen3_5_vision"), _PACKED),
     **dict.fromkeys(("qwen2_5_vl_vision", "qwen2_5_omni_vision_encoder"), _PACKED_WINDOWS),
     **dict.fromkeys(("qwen3_vl_vision", "qwen3_vl_moe_vision", "qwen3_omni_moe_vision_encoder"), _PACKED_DEPTHS),
     "pixtral": _JOINED,
     "gemma4_vision": _POOLED_BY_POSITION,
-    "yolos": _REPEATED_POSITIONS,
+    "yolos": _DETECTION_TOKENS,
     "timesformer": _TIME_AND_SPACE,
     "groupvit_vision_model": _GROUPS,
     **dict.fromkeys(("eomt", "eomt_dinov3"), _LATE_QUERIES),

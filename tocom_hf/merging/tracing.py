@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tocom_hf.errors import UnsupportedModelError
-from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.backbones import Backbone, find_backbone
 from tocom_hf.merging.patching import get_settings
 from tocom_hf.merging.state import TokenState, running_call
 from tocom_hf.merging.tokens import output_positions

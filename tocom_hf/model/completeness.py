@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tocom_hf.errors import PluginFileError
-from tocom_hf.merging.architectures import backbones_in
+from tocom_hf.merging.backbones import backbones_in
 
 
 # parts of a backbone that serve a head, or pre-training alone, and that published checkpoints may lack

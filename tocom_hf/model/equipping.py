@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from tocom_hf.merging.architectures import Backbone, backbones_in
+from tocom_hf.merging.backbones import Backbone, backbones_in
 from tocom_hf.merging.patching import get_settings, set_merging, unset_merging
 from tocom_hf.merging.subclassing import runtime_subclass
 from tocom_hf.model.folding import TocomState, live_weights

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tocom_hf.errors import ComposedWeightsError, DegreeError, UnsupportedModelError
-from tocom_hf.merging.architectures import Backbone
+from tocom_hf.merging.backbones import Backbone
 from tocom_hf.merging.recipes import TOME_RECIPE, MergeRecipe
 from tocom_hf.merging.schedule import require_degree
 from tocom_hf.plugins.composition import Composite

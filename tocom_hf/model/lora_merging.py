@@ -20,7 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from tocom_hf.errors import ComposedWeightsError, PluginFileError, UnsupportedModelError
-from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.backbones import Backbone, find_backbone
 from tocom_hf.model.lora_files import LoraFiles
 from tocom_hf.model.weight_names import state_names, with_current_names
 

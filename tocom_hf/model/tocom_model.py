@@ -15,7 +15,7 @@ from transformers.utils import logging
 from tocom_hf.cost.budget import Budget
 from tocom_hf.cost.calibration import Calibration, choose_degree
 from tocom_hf.errors import BudgetError, UnsupportedModelError
-from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.backbones import Backbone, find_backbone
 from tocom_hf.merging.patching import get_settings, merging_at, set_merging
 from tocom_hf.merging.recipes import TOME_RECIPE, MergeRecipe
 from tocom_hf.merging.subclassing import RuntimeSubclass

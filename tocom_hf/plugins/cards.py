@@ -12,7 +12,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
-from tocom_hf.merging.architectures import ARCHITECTURES
+from tocom_hf.merging.architectures import ARCHITECTURES, supported_parts
 from tocom_hf.plugins.agreement import AgreementGrid
 from tocom_hf.plugins.config import PluginSetConfig
 
@@ -22,7 +22,7 @@ AGREEMENT_FIGURE = "agreement.png"
 _TAGS = ["tocom", "token-merging", "vision-transformer", "peft", "lora"]
 _HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 # their heads sit on a part of a model of images and text, which is not what transformers calls the base model
-_VISION_PARTS = ("clip_vision_model", "siglip_vision_model")
+_VISION_PARTS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "metaclip_2_vision_model")
 # they have no heads, and what transformers calls their base model is the encoder within the backbone
 _BASE_IS_ENCODER = ("dinov3_vit",)
 # entries of `training` that have a place of their own in the card, or are not part of the recipe
@@ -70,7 +70,7 @@ def plugin_set_card(
         max_r=config.max_r,
         middle_r=(config.min_r + config.max_r) // 2,
         backbone=_backbone_of("model", facts.model_type),
-        **_inputs(facts.model_type, facts.image_size),
+        **_inputs(facts.model_type, facts.image_size, facts.patch_size),
         facts=[
             ("backbone", config.base_model),
             *([("its commit", config.base_model_revision)] if config.base_model_revision else []),
@@ -102,7 +102,7 @@ def checkpoint_card(config: PreTrainedConfig, plugins: PluginSetConfig | None, r
     """
     title, recorded = repo_id.rpartition("/")[2], config.tocom
     base_model = None if plugins is None or not _is_hub_id(plugins.base_model) else plugins.base_model
-    vision = getattr(config, "vision_config", config)
+    vision: Any = supported_parts(config)[0]
     data = ModelCardData(
         base_model=base_model,
         base_model_relation="finetune" if base_model else None,
@@ -119,7 +119,12 @@ def checkpoint_card(config: PreTrainedConfig, plugins: PluginSetConfig | None, r
         source_r=recorded["source_r"],
         target_r=recorded["target_r"],
         plugins=plugins,
-        **_inputs(vision.model_type, getattr(vision, "image_size", None), getattr(vision, "num_channels", 3)),
+        **_inputs(
+            vision.model_type,
+            getattr(vision, "image_size", None),
+            getattr(vision, "patch_size", None),
+            getattr(vision, "num_channels", 3),
+        ),
     )
 
 
@@ -156,16 +161,30 @@ def _template(name: str) -> str:
     return (folder / name).read_text(encoding="utf-8")
 
 
-def _inputs(model_type: str, image_size: Any, num_channels: int = 3) -> dict[str, str]:
+def _inputs(model_type: str, image_size: Any, patch_size: Any, num_channels: int = 3) -> dict[str, str]:
+    """Code that makes random inputs, and the arguments by which a model is called with them."""
     architecture = ARCHITECTURES[model_type]
     name = architecture.input_name
-    if architecture.inputs != "images":
+    if architecture.inputs == "patch sequences":
+        grid = 16
+        lines = [
+            f"{name} = torch.randn(1, {grid * grid}, {num_channels * patch_size**2})",
+            f"pixel_attention_mask = torch.ones(1, {grid * grid}, dtype=torch.int64)",
+            f"spatial_shapes = torch.tensor([[{grid}, {grid}]])",
+        ]
+        return {"inputs": "\n".join(lines), "arguments": _by_name(name, "pixel_attention_mask", "spatial_shapes")}
+    if architecture.inputs == "images":
+        height, width = image_size if isinstance(image_size, list | tuple) else (image_size or 224,) * 2
+        shape = f"{num_channels}, {height}, {width}"
+    else:
         frames, channels, size = architecture.clip_sizes
         sizes = (frames, channels, size, size) if architecture.inputs == "clips" else ("max_length", "num_mel_bins")
         shape = ", ".join(f"model.config.{setting}" for setting in sizes)
-        return {"input_name": name, "inputs": f"{name} = torch.randn(1, {shape})"}
-    height, width = image_size if isinstance(image_size, list | tuple) else (image_size or 224,) * 2
-    return {"input_name": name, "inputs": f"{name} = torch.randn(1, {num_channels}, {height}, {width})"}
+    return {"inputs": f"{name} = torch.randn(1, {shape})", "arguments": _by_name(name)}
+
+
+def _by_name(*names: str) -> str:
+    return ", ".join(f"{name}={name}" for name in names)
 
 
 def _is_complete(entry: dict[str, Any]) -> bool:

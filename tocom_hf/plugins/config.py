@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from tocom_hf.errors import ArgumentError, BackboneMismatchError, DegreeError, PluginFileError
-from tocom_hf.merging.architectures import ARCHITECTURES, Backbone, find_part, projection_paths, unsupported
+from tocom_hf.merging.architectures import ARCHITECTURES, find_part, projection_paths, unsupported
+from tocom_hf.merging.backbones import Backbone
 from tocom_hf.merging.recipes import MergeRecipe
 from tocom_hf.storage.json_files import read_json
 from tocom_hf.version import __version__

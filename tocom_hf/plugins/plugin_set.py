@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tocom_hf.errors import DegreeError, PluginFileError
-from tocom_hf.merging.architectures import Backbone
+from tocom_hf.merging.backbones import Backbone
 from tocom_hf.plugins.adapters import read_adapter, write_adapter
 from tocom_hf.plugins.cards import AGREEMENT_FIGURE, CARD_NAME, plugin_set_card
 from tocom_hf.plugins.composition import (

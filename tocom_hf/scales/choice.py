@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from tocom_hf.devices import evaluation_mode
 from tocom_hf.distillation.objectives import find_objective
 from tocom_hf.errors import ArgumentError, DatasetError
-from tocom_hf.merging.architectures import find_backbone
+from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.plugins.composition import require_scale
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from tocom_hf.devices import describe_device, evaluation_mode
 from tocom_hf.distillation.objectives import Objective, find_objective
 from tocom_hf.errors import ArgumentError, DatasetError, DistillationError
-from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.backbones import Backbone, find_backbone
 from tocom_hf.merging.patching import merging_at
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.plugins.composition import Adapter, Factors, chain, require_in_range

@@ -15,7 +15,7 @@ from tocom_hf.cost.flops import Example
 from tocom_hf.devices import evaluation_mode
 from tocom_hf.distillation.objectives import Features
 from tocom_hf.errors import ArgumentError, DatasetError
-from tocom_hf.merging.architectures import Backbone, find_backbone
+from tocom_hf.merging.backbones import Backbone, find_backbone
 from tocom_hf.merging.patching import merging_at
 from tocom_hf.merging.recipes import MATCH_BY, TOME_RECIPE, MergeRecipe
 from tocom_hf.merging.schedule import require_degree
