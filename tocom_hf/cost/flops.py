@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from tocom_hf.data.colour import model_channels
 from tocom_hf.errors import ArgumentError
 from tocom_hf.merging.backbones import Backbone, find_backbone
 from tocom_hf.merging.inputs import as_pair, clip_shape, main_input_name, model_inputs
@@ -145,7 +144,7 @@ def _images(
             f"image_size must be at least a patch of {patch_height} x {patch_width}, got {image_size!r}."
         )
     # neighbouring patches resemble each other, as in photographs
-    coarse = torch.randn(batch_size, model_channels(config), 8, 8, generator=generator)
+    coarse = torch.randn(batch_size, getattr(config, "num_channels", 3), 8, 8, generator=generator)
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
 
 
