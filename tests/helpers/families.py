@@ -388,6 +388,7 @@ FAMILIES = [
     Family(hf.SiglipForImageClassification, siglip, 0, "vision_model.encoder.layers", CLIP),
     Family(hf.SiglipVisionModel, lambda: siglip().vision_config, 0, "encoder.layers", CLIP, "pooler_output"),
     Family(hf.BlipVisionModel, lambda: blip(hf.BlipVisionConfig), 1, "encoder.layers", BLIP, "pooler_output"),
+    Family(hf.VideoMAEForVideoClassification, videomae, 0, "videomae.encoder.layer", VIDEOMAE, clips="pixel_values"),
 ]
 
 # like one of the above in all that merging does: tested in full by the slow tests, in the others for what decides
@@ -395,7 +396,6 @@ SIMILAR: list[Family] = [
     *of_fused_projections(),
     *tower_families(),
     # video
-    Family(hf.VideoMAEForVideoClassification, videomae, 0, "videomae.encoder.layer", VIDEOMAE, clips="pixel_values"),
     Family(
         hf.VJEPA2ForVideoClassification,
         vjepa2,

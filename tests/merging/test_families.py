@@ -29,6 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from tocom_hf import PluginSet, TocomModel, UnsupportedModelError, apply_tome
+from tocom_hf.merging.architectures import find_part
 from tocom_hf.merging.backbones import find_backbone
 
 
@@ -352,9 +353,9 @@ def test_models_of_one_configuration_object_are_independent(family):
     # the parts of one model still share theirs, so that a change reaches the attention
     one.set_attn_implementation("eager")
     backbone = find_backbone(one)
-    attention = getattr(backbone.layers[0], backbone.architecture.attention)
+    attention = find_part(backbone.layers[0], backbone.architecture.attention)
     assert attention.config._attn_implementation == "eager"
-    other_attention = getattr(find_backbone(other).layers[0], backbone.architecture.attention)
+    other_attention = find_part(find_backbone(other).layers[0], backbone.architecture.attention)
     assert other_attention.config._attn_implementation != "eager"
 
 

@@ -111,7 +111,10 @@ def _with_former_names(twin: PreTrainedModel) -> nn.Module:
     # a layer with parts of its own comes before its parts, which it brings along
     for path in sorted({name.rpartition(".")[0] for name in former}, key=lambda path: path.count(".")):
         entries = {name.removeprefix(f"{path}."): weight for name, weight in former.items() if _is_of(path, name)}
-        name = names.get(id(next(iter(entries.values()))))
+        key, weight = next(iter(entries.items()))
+        name = names.get(id(weight))
+        if name is not None and name.rpartition(".")[2] != key:
+            continue  # a weight of its own beside the layer that has it now: VideoMAE's q_bias, of query
         if not path:
             for key, weight in entries.items():
                 root.register_parameter(key, nn.Parameter(weight, requires_grad=False))
