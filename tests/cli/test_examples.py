@@ -188,14 +188,18 @@ def test_quickstart_prints_its_table_and_writes_its_plot(run, tmp_path):
     assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_distil_on_real_images(tmp_path):
-    """By accelerate, which without MPI starts one process on a CPU; tests/distillation starts several."""
-    output = launch(
-        *ACCELERATE, "-m", "tocom_hf.cli.distill", "--preset", "paper", "--eval_degrees", 0, 8,
-        "--model_name_or_path", CHECKPOINT, "--dataset_name", IMAGES,
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_distil_on_real_images(run, tmp_path, launched):
+    """Also by accelerate, which without MPI starts one process on a CPU; tests/distillation starts several."""
+    arguments = [
+        "--preset", "paper", "--eval_degrees", 0, 8, "--model_name_or_path", CHECKPOINT, "--dataset_name", IMAGES,
         "--dataset_split", "test", "--max_train_samples", 64, "--per_device_train_batch_size", 16,
-        "--num_train_epochs", 1, "--learning_rate", 0.03, "--output_dir", tmp_path / "set", cwd=tmp_path,
-    )  # fmt: skip
+        "--num_train_epochs", 1, "--learning_rate", 0.03, "--output_dir", tmp_path / "set",
+    ]  # fmt: skip
+    if launched:
+        output = launch(*ACCELERATE, "-m", "tocom_hf.cli.distill", *arguments, cwd=tmp_path)
+    else:
+        output = run("distill", *arguments).output
     plugins = PluginSet.from_pretrained(tmp_path / "set")
     assert plugins.config.training["steps"] == 3  # of 64 images, 6 are held out
     assert plugins.config.training["mixup"] == 0.8
@@ -323,7 +327,7 @@ def test_fit_scales_writes_a_set_for_the_checkpoint(run, refused, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_evaluate_writes_the_same_figures_on_any_number_of_processes(run, tmp_path, processes):
     arguments = [
         "--checkpoints", CHECKPOINT, "--plugins", PLUGINS, "--dataset_name", IMAGES, "--validation_split", "test[:40]",

@@ -18,6 +18,19 @@ from tocom_hf.merging.backbones import find_backbone
 
 
 every_family = pytest.mark.parametrize("family", [*FAMILIES, *SIMILAR], ids=str)
+# of each way to find positions, to project, to hand the state of a call to layers, and to restore
+DIFFERENT = (
+    "ViTForImageClassification", "ViTMAEModel", "Dinov2WithRegistersForImageClassification", "DINOv3ViTModel",
+    "SiglipForImageClassification", "BlipVisionModel", "VideoMAEForVideoClassification",
+)  # fmt: skip
+tracing_is_slow = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if family in FAMILIES and str(family) in DIFFERENT else pytest.mark.slow)
+        for family in [*FAMILIES, *SIMILAR]
+    ],
+    ids=str,
+)
 each_kind = pytest.mark.parametrize(
     "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in SIMILAR)], ids=str
 )
@@ -209,7 +222,7 @@ def test_an_input_does_not_depend_on_its_batch(family):
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-9, atol=1e-9)
 
 
-@each_kind
+@tracing_is_slow
 def test_compiles_as_one_graph_and_once(family):
     torch.compiler.reset()
     # a layer without sizes, one that merges nothing, and one with sizes that does
@@ -222,7 +235,7 @@ def test_compiles_as_one_graph_and_once(family):
         torch.testing.assert_close(family.result(compiled, other), family.result(model, other), rtol=1e-5, atol=1e-5)
 
 
-@each_kind
+@tracing_is_slow
 def test_exports_with_a_dynamic_batch(family):
     if isinstance(family, NaflexFamily):
         pytest.skip("transformers resizes the positions of one image after another, for a fixed number of images")

@@ -10,13 +10,10 @@ from tocom_hf import apply_tome
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 pytest.importorskip("onnxscript", reason="needs the extra onnx")
-# the others take minutes; heads that read patch tokens are run by the tests of `export`
-QUICK = {"ViTForImageClassification"}
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, id=str(f), marks=() if str(f) in QUICK else pytest.mark.slow) for f in FAMILIES]
-)
+@pytest.mark.slow  # those of `export` are run by its own tests
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_onnxruntime_gives_the_same_with_any_batch(family, tmp_path):
     # one layer without sizes and one with them
     model, inputs = apply_tome(family.make(layers=2), 6), family.inputs()
