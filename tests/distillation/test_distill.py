@@ -188,7 +188,7 @@ def test_training_starts_from_a_set(base_plugins):
     assert relative(distill(finetuned(), Noise(), still), base_plugins) > 0.9
 
 
-@pytest.mark.parametrize("source_r", [0, 2, 4])
+@pytest.mark.parametrize("source_r", [0, *(pytest.param(r, marks=pytest.mark.slow) for r in (2, 4))])
 def test_a_set_fitted_to_a_checkpoint_serves_it_better(base_plugins, source_r):
     arguments = DistillationArguments(**{**ARGUMENTS, "num_train_epochs": 15}, source_r=source_r)
     plugins = distill(finetuned(), Noise(), arguments, init_plugins=base_plugins)

@@ -245,19 +245,21 @@ def test_standalone_programs_of_torch(tmp_path):
     np.testing.assert_allclose(found, logits_at(model, 4, make_images()), rtol=1e-5, atol=1e-5)
 
 
-def test_standalone_onnx_graphs_run_by_themselves(model, tmp_path):
+def test_standalone_onnx_graphs_run_by_themselves(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
-    folder = export(model, tmp_path / "out", degrees=[6], standalone=True)
-    session = onnxruntime.InferenceSession(folder / "degree_6.onnx")
+    model = make_tocom_model(layers=1)
+    folder = export(model, tmp_path / "out", degrees=[4], standalone=True)
+    session = onnxruntime.InferenceSession(folder / "degree_4.onnx")
     found = session.run(["logits"], {"pixel_values": make_images()})[0]
-    np.testing.assert_allclose(found, logits_at(model, 6, make_images()), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found, logits_at(model, 4, make_images()), rtol=1e-4, atol=1e-4)
     require_same(folder, model)
 
 
-def test_openvino_graphs_give_what_the_model_gives(model, tmp_path):
+def test_openvino_graphs_give_what_the_model_gives(tmp_path):
     pytest.importorskip("openvino", reason="needs the extra openvino")
     pytest.importorskip("onnxscript", reason="needs the extra onnx")
-    require_same(export(model, tmp_path / "out", format="openvino", degrees=[6]), model)
+    model = make_tocom_model(layers=1)
+    require_same(export(model, tmp_path / "out", format="openvino", degrees=[4]), model)
 
 
 @pytest.mark.slow
@@ -303,7 +305,7 @@ def test_every_family_in_openvino(family, tmp_path):
     require_family(family, export(family.make(layers=2), tmp_path / "out", format="openvino", degrees=[6]))
 
 
-@pytest.mark.parametrize("family", chosen({"ViTMAEModel"}))
+@pytest.mark.parametrize("family", chosen(()))
 def test_every_family_as_a_program_of_torch(family, tmp_path):
     require_family(family, export(family.make(layers=2), tmp_path / "out", format="torch", degrees=[6]), 1e-6)
 

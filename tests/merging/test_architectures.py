@@ -20,8 +20,7 @@ from tocom_hf.merging.backbones import find_backbone
 every_family = pytest.mark.parametrize("family", [*FAMILIES, *SIMILAR], ids=str)
 # of each way to find positions, to project, to hand the state of a call to layers, and to restore
 DIFFERENT = (
-    "ViTForImageClassification", "ViTMAEModel", "Dinov2WithRegistersForImageClassification", "DINOv3ViTModel",
-    "SiglipForImageClassification", "BlipVisionModel", "VideoMAEForVideoClassification",
+    "ViTForImageClassification", "DINOv3ViTModel", "BlipVisionModel", "VideoMAEForVideoClassification",
 )  # fmt: skip
 tracing_is_slow = pytest.mark.parametrize(
     "family",

@@ -21,7 +21,10 @@ def tocom_model():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [merging_model, tocom_model], ids=["apply_tome", "TocomModel"])
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(merging_model, marks=pytest.mark.slow, id="apply_tome"), pytest.param(tocom_model, id="TocomModel")],
+)
 def test_a_degree_is_compiled_once(make, pixel_values):
     torch.compiler.reset()
     model, set_degree = make()

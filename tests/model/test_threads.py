@@ -62,7 +62,7 @@ def assert_switches_while_other_runs(switched, running, pixel_values):
     assert switched.target_r == 1
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled in place"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow, id="compiled in place")])
 def test_forward_calls_see_one_degree_while_another_thread_switches(small, pixel_values, compiled):
     composed = small
     expected = []
