@@ -70,9 +70,11 @@ MORE_CLASSES = {
     "dinov2": ["`Dinov2Backbone`", "`DepthAnythingForDepthEstimation`", "`DepthProForDepthEstimation`"],
     "clip_vision_model": ["`CLIPModel` (its text side is untouched)"],
 }
+# of a library that need not be installed where the tables are made: what its tests and its models tell
+WRAPPED = {"timm_wrapper": ["`TimmWrapperForImageClassification`", "`TimmWrapperModel`"]}
 # what the tables do not say
 TITLES = {"ViTMAEModel": "`ViTMAEModel` with `mask_ratio=0`"}
-RESTORED = {"vit": "for masked image modelling"}
+RESTORED = {"vit": "for masked image modelling", "timm_wrapper": "where patches are pooled"}
 
 
 class Tested(NamedTuple):
@@ -105,7 +107,7 @@ def supported_models() -> str:
                 f"`{model_type}`",
                 ", ".join([*classes, *MORE_CLASSES.get(model_type, [])]),
                 inputs,
-                _never_merged(row.protected, row.registers),
+                "what stands in front of the patches" if row.reader else _never_merged(row.protected, row.registers),
                 RESTORED.get(model_type, "yes" if restored else "no"),
                 "added to the tokens" if row.positions is None else "rotary",
             ]
@@ -115,8 +117,8 @@ def supported_models() -> str:
 
 # what the README leaves to the page: these are much used, or stand for others
 IN_README = {
-    "vit", "deit", "vit_mae", "dinov2", "dinov3_vit", "clip_vision_model", "siglip_vision_model", "internvl_vision",
-    "idefics3_vision", "blip_2_vision_model", "owlv2_vision_model", "dpt",
+    "vit", "deit", "timm_wrapper", "vit_mae", "dinov2", "dinov3_vit", "clip_vision_model", "siglip_vision_model",
+    "internvl_vision", "idefics3_vision", "blip_2_vision_model", "owlv2_vision_model", "dpt",
 }  # fmt: skip
 
 
@@ -157,6 +159,7 @@ def _tested() -> dict[str, Tested]:
         name = TITLES.get(family.model_class.__name__, f"`{family.model_class.__name__}`")
         if name not in classes:
             classes.append(name)
+    tested |= {model_type: Tested(classes, "images", restored=False) for model_type, classes in WRAPPED.items()}
     return tested
 
 

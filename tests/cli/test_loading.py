@@ -22,7 +22,9 @@ COMMANDS = {
     [
         (
             {"architecture": "vit_base_patch16_224", "num_classes": 10, "pretrained_cfg": {"num_classes": 10}},
-            "It is a checkpoint of timm; `tocom convert --weights` makes one of transformers of its DeiT and ViT.",
+            "It is a checkpoint of timm, which transformers runs where timm and torchvision are installed: "
+            "pip install 'tocom-hf[timm]'. Of its DeiT and ViT `tocom convert --weights` makes checkpoints that need "
+            "neither.",
         ),
         (
             {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MyConfig"}},

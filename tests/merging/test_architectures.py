@@ -4,11 +4,11 @@
 import copy
 import functools
 import pickle
-import threading
 
 import pytest
 import torch
 from helpers import reference
+from helpers.concurrency import replicate, run_in_threads
 from helpers.families import FAMILIES, SIMILAR, NaflexFamily
 from helpers.models import schedule_of
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -248,22 +248,6 @@ def test_exports_with_a_dynamic_batch(family):
     torch.testing.assert_close(family.result(exported, other), family.result(model, other), rtol=1e-5, atol=1e-5)
 
 
-def run_in_threads(calls):
-    """The results of several calls that run at once, three times over."""
-    found = [None] * len(calls)
-
-    def run(index):
-        for _ in range(3):
-            found[index] = calls[index]()
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
 @each_kind
 def test_threads_do_not_disturb_each_other(family):
     model = apply_tome(family.make(), 6)
@@ -271,14 +255,6 @@ def test_threads_do_not_disturb_each_other(family):
     found = run_in_threads([functools.partial(family.result, model, batch) for batch in batches])
     for result, batch in zip(found, batches, strict=True):
         torch.testing.assert_close(result, family.result(model, batch), rtol=1e-5, atol=1e-6)
-
-
-def replicate(module):
-    """What `DataParallel` makes of a module for each device."""
-    replica = module._replicate_for_data_parallel()
-    replica._parameters = dict(module._parameters)
-    replica._modules = {name: child and replicate(child) for name, child in module._modules.items()}
-    return replica
 
 
 @each_kind

@@ -22,7 +22,7 @@ def mae(**settings):
 def test_what_does_not_fill_a_patch_is_cut_off(size, patch, grid):
     config = hf.ViTMAEConfig(patch_size=patch, image_size=size)
     pixel_values = torch.zeros(2, 3, *size)
-    assert patch_grid(config, pixel_values) == grid
+    assert patch_grid(config.patch_size, pixel_values) == grid
     convolution = torch.nn.Conv2d(3, 1, patch, patch)
     assert convolution(pixel_values).shape[2:] == grid
     noise = ascending_noise(pixel_values, config)

@@ -86,6 +86,8 @@ def require_mergeable(config: "PreTrainedConfig", source_r: int) -> None:
 
     require_degree(source_r, "source_r")
     vision: Any = getattr(config, "vision_config", config)
+    if not hasattr(vision, "image_size"):
+        vision = _measures_of_model(vision)
     height, width = as_pair(vision.image_size)
     patch_height, patch_width = as_pair(vision.patch_size)
     patches = (height // patch_height) * (width // patch_width)
@@ -95,6 +97,17 @@ def require_mergeable(config: "PreTrainedConfig", source_r: int) -> None:
             f"source_r={source_r} is more than any layer can merge: an image of {height} x {width} pixels has "
             f"{patches} patches, of which a layer merges at most {most}. Pass a --source_r up to that."
         )
+
+
+def _measures_of_model(config: "PreTrainedConfig") -> Any:
+    """The sizes of images and patches where the configuration does not tell them: those of timm's models."""
+    import torch
+    from transformers import AutoModel
+
+    from tocom_hf.merging.backbones import find_backbone
+
+    with torch.device("meta"):
+        return find_backbone(AutoModel.from_config(config)).dimensions
 
 
 def classifier_config(config: "PreTrainedConfig", classifier: Classifier) -> "PreTrainedConfig":

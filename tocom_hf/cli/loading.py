@@ -75,11 +75,13 @@ def require_images(config: Any, name: str | Path) -> None:
 
 
 def load_processor(name: str | Path, **arguments: Any) -> Any:
-    """The image processor of a checkpoint."""
+    """The image processor of a checkpoint; that of timm as one of transformers that gives the same pixels."""
     from transformers import AutoImageProcessor
 
+    from tocom_hf.data.timm_processor import as_image_processor
+
     with refused_input(f"The image processor of {str(name)!r} cannot be loaded"):
-        return AutoImageProcessor.from_pretrained(name, **arguments)
+        return as_image_processor(AutoImageProcessor.from_pretrained(name, **arguments))
 
 
 def load_samples(args: argparse.Namespace, config: Any) -> Any:
@@ -142,13 +144,14 @@ def find_device(name: str | None) -> "torch.device | None":
 
 def _require_transformers_checkpoint(name: str | Path, arguments: dict[str, Any]) -> None:
     """Refuse a checkpoint of another library, before transformers asks for that library or for code."""
-    from transformers import CONFIG_MAPPING, PreTrainedConfig
+    from transformers import PreTrainedConfig
 
-    from tocom_hf.model.checkpoint import reason_for_foreign
+    from tocom_hf.model.checkpoint import is_of_timm, reason_for_foreign
 
     with refused_input(f"The model {str(name)!r} cannot be loaded"):
         content, _ = PreTrainedConfig.get_config_dict(name, revision=arguments.get("revision"))
-    # Without a model type, transformers goes by the name.
-    unknown = content.get("model_type", "vit") not in CONFIG_MAPPING
-    if unknown or "pretrained_cfg" in content:
-        raise UnsupportedModelError(f"The model {str(name)!r} cannot be loaded. {reason_for_foreign(content)}")
+    if "model_type" not in content and not is_of_timm(content):
+        return  # transformers goes by the name
+    reason = reason_for_foreign(content)
+    if reason is not None:
+        raise UnsupportedModelError(f"The model {str(name)!r} cannot be loaded. {reason}")

@@ -138,18 +138,18 @@ def make_report(
 
 def open_checkpoint(name: str, backbone: str | None) -> "tuple[MergeReport, PreTrainedModel | None]":
     """What the configuration of a checkpoint says, and a model with random weights unless it is unsupported."""
-    from transformers import CONFIG_MAPPING
-
     from tocom_hf.merging.architectures import supported_types, unsupported
-    from tocom_hf.model.checkpoint import Checkpoint, reason_for_foreign
+    from tocom_hf.merging.timm_models import MODEL_TYPE
+    from tocom_hf.model.checkpoint import Checkpoint, is_of_timm, reason_for_foreign
     from tocom_hf.storage.json_files import read_json
 
     checkpoint = Checkpoint(name, {})
     content = read_json(checkpoint.repository.path("config.json"))
-    model_type = str(content.get("model_type", "unknown"))
+    model_type = MODEL_TYPE if is_of_timm(content) else str(content.get("model_type", "unknown"))
     model_class = class_recorded_in(content)
-    if model_type not in CONFIG_MAPPING:
-        return MergeReport(name, model_type, model_class, reason_for_foreign(content)), None
+    reason = reason_for_foreign(content)
+    if reason is not None:
+        return MergeReport(name, model_type, model_class, reason), None
     config, _ = checkpoint.config(None, {})
     if not supported_types(config):
         # The second sentence lists what is supported.

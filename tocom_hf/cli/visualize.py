@@ -79,15 +79,16 @@ def visualize(args: argparse.Namespace) -> None:
     config = load_config(args.model_name_or_path)
     require_images(config, args.model_name_or_path)
     model = load_model(AutoModel, args.model_name_or_path, **unmasked(config)).eval()
-    backbone = find_backbone(model).module  # of CLIP the vision part
-    layers = len(find_backbone(model).layers)
+    found = find_backbone(model)
+    backbone = found.module  # of CLIP the vision part
+    layers = len(found.layers)
     if not -layers <= args.layer < layers:
         raise ArgumentError(f"--layer {args.layer} is none of the model's {layers} layers.")
     processor = load_processor(args.model_name_or_path)
     images = read_images(args, find_num_channels(processor, model_channels(model.config)))
     with refused_input("The images cannot be prepared for the model"):
         pixel_values = processor(images, return_tensors="pt")["pixel_values"]
-    grid = patch_grid(backbone.config, pixel_values)
+    grid = patch_grid(found.dimensions.patch_size, pixel_values)
     if args.size < 3 * grid[0]:
         raise ArgumentError(f"--size {args.size} is too small for {grid[0]} rows of patches: 3 pixels each at least.")
     shown = pictures_of(pixel_values)

@@ -314,12 +314,12 @@ def _degrees_of(model: PreTrainedModel) -> range:
 
 
 def _shape_of(backbone: Backbone) -> str:
-    config = backbone.module.config
+    config, measures = backbone.module.config, backbone.dimensions
     parameters = sum(parameter.numel() for parameter in backbone.layers[0].parameters())  # tells the width of MLPs too
-    patch = getattr(config, "patch_size", None) or config.tubelet_size
+    patch = measures.patch_size or config.tubelet_size
     return (
         f"{config.model_type} with {len(backbone.layers)} layers of {parameters:,} parameters, hidden size "
-        f"{config.hidden_size}, {config.num_attention_heads} heads, patch {patch}"
+        f"{measures.hidden_size}, {measures.num_attention_heads} heads, patch {patch}"
     )
 
 

@@ -136,15 +136,15 @@ def _images(
     backbone: Backbone, image_size: int | tuple[int, int] | None, batch_size: int, generator: torch.Generator
 ) -> torch.Tensor:
     """Random images, `(batch, channels, height, width)`."""
-    config = backbone.module.config
-    height, width = _image_size(config.image_size if image_size is None else image_size)
-    patch_height, patch_width = as_pair(config.patch_size)
+    measures = backbone.dimensions
+    height, width = _image_size(measures.image_size if image_size is None else image_size)
+    patch_height, patch_width = as_pair(measures.patch_size)
     if height < patch_height or width < patch_width:
         raise ArgumentError(
             f"image_size must be at least a patch of {patch_height} x {patch_width}, got {image_size!r}."
         )
     # neighbouring patches resemble each other, as in photographs
-    coarse = torch.randn(batch_size, getattr(config, "num_channels", 3), 8, 8, generator=generator)
+    coarse = torch.randn(batch_size, measures.num_channels or 3, 8, 8, generator=generator)
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
 
 

@@ -33,6 +33,7 @@ from tocom_hf.merging.patching import get_settings, unset_merging
 from tocom_hf.plugins.composition import Adapter, Factors
 from tocom_hf.plugins.config import BackboneFacts, PluginSetConfig
 from tocom_hf.plugins.plugin_set import PluginSet
+from tocom_hf.plugins.translation import in_names_of
 
 
 logger = logging.get_logger(__name__)
@@ -265,6 +266,7 @@ def _starting_plugins(
     target_modules: Mapping[str, tuple[int, int]] | None,
 ) -> dict[int, Adapter]:
     """The plugins of a set to train on, all read, with what they add to a weight kept at the scale to train with."""
+    plugins = in_names_of(backbone, plugins)
     config = plugins.config
     plugins.check_backbone(backbone)
     if config.rank != args.rank or config.min_r != 0 or config.max_r < args.max_r:

@@ -105,8 +105,15 @@ HEADS: dict[str, Head] = {
 
 def has_head(model: PreTrainedModel) -> bool:
     """Whether a model has a head that puts out logits; of no labels transformers builds one that does nothing."""
+    if is_timm_classifier(model):
+        return True
     heads = [getattr(model, name, None) for name in ("classifier", "cls_classifier")]
     return any(head is not None and not isinstance(head, nn.Identity) for head in heads)
+
+
+def is_timm_classifier(model: PreTrainedModel) -> bool:
+    """Whether a model is the wrapper of a timm model that puts out nothing but logits."""
+    return any(base.__name__ == "TimmWrapperForImageClassification" for base in type(model).__mro__)
 
 
 def head_of(model: PreTrainedModel) -> Head:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from tocom_hf.distillation.heads import Logits, has_head, head_of
+from tocom_hf.distillation.heads import Logits, has_head, head_of, is_timm_classifier
 from tocom_hf.errors import ArgumentError, UnsupportedModelError
 from tocom_hf.merging.backbones import Backbone
 from tocom_hf.merging.inputs import model_inputs
@@ -150,12 +150,18 @@ def find_objective(name: str, model: PreTrainedModel) -> Objective:
 
     Raises:
         ArgumentError: if there is none of that name.
-        UnsupportedModelError: if logits are asked of a model that has none, or of one of an unknown problem type.
+        UnsupportedModelError: if logits are asked of a model that has none, or of one of an unknown problem type; if
+            anything else is asked of one that has nothing but logits.
     """
     if name not in ("auto", *OBJECTIVES):
         raise ArgumentError(f"objective must be one of auto, {', '.join(OBJECTIVES)}, got {name!r}.")
     if name == "auto":
         name = "logits" if has_head(model) else "features"
+    if name != "logits" and is_timm_classifier(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} puts out logits alone, so there are no features to distil on. Use "
+            "objective='logits', or load the model without its head (AutoModel)."
+        )
     if name != "logits":
         return OBJECTIVES[name]
     if not has_head(model):

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from tocom_hf.errors import UnsupportedModelError
 from tocom_hf.merging.positions import AxialRotary, ClipRotary, Positions
 from tocom_hf.merging.refusals import explain, parts_of
+from tocom_hf.merging.timm_models import MODEL_TYPE, TimmReader
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Architecture:
             in `attention_branch`.
         qkv: Name of the one projection, in the attention block, whose outputs are query, key and value, a third each in
             this order, in place of the three; `None` where they are three.
-        query_norm, key_norm: Names of the norms of queries and keys over all heads at once, or `None`.
+        query_norm, key_norm: Names of the norms of queries and keys, or `None`.
+        norms_heads: Whether these norm every head by itself, and not all heads at once.
         dropout, scaling, head_dim: Names of its attention dropout (a probability, or a module), of its logit scale, and
             of the number of channels of a head.
         num_heads: Name of the number of its heads, where it keeps that and not `head_dim`.
@@ -51,6 +53,10 @@ class Architecture:
             `(batch, frames, channels, height, width)`; or images as sequences of patches, `(batch, patches, values)`.
         input_name: What the backbone's forward calls them.
         clip_sizes: Configuration attributes with the frames, the channels, and the height and width of a clip.
+        reader: What looks at a model whose configuration says too little: it completes the row, or refuses the model
+            with the reason. `None` where the row says all.
+        intermediates: Path, in the backbone, of a module of timm that recomputes its layers and makes maps of inner
+            ones itself, or `None`.
         fine_tuned_as: Model type that checkpoints become when they are fine-tuned, with the same layers; by default
             their own. Plugins of the one fit the other.
     """
@@ -67,6 +73,7 @@ class Architecture:
     qkv: str | None = None
     query_norm: str | None = None
     key_norm: str | None = None
+    norms_heads: bool = False
     dropout: str = "attention_dropout"
     scaling: str = "scaling"
     head_dim: str = "head_dim"
@@ -84,6 +91,8 @@ class Architecture:
     inputs: Literal["images", "spectrograms", "clips", "patch sequences"] = "images"
     input_name: str = "pixel_values"
     clip_sizes: tuple[str, str, str] = ("num_frames", "num_channels", "image_size")
+    reader: TimmReader | None = None
+    intermediates: str | None = None
     fine_tuned_as: str | None = None
 
     @property
@@ -249,6 +258,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         query_norm="q_norm",
         key_norm="k_norm",
         dropout="attention_dropout",
+    ),
+    # protected tokens, and whether tokens are restored, are read from the model
+    MODEL_TYPE: Architecture(
+        layers="timm_model.blocks",
+        attention="attn",
+        norm_before="norm1",
+        attention_branch=("attn.norm", "attn.proj", "attn.proj_drop", "ls1", "drop_path1"),
+        mlp_branch=("norm2", "mlp", "ls2", "drop_path2"),
+        output=None,
+        qkv="qkv",
+        query_norm="q_norm",
+        key_norm="k_norm",
+        norms_heads=True,
+        dropout="attn_drop",
+        scaling="scale",
+        passes_kwargs=False,
+        reader=TimmReader(),
+        intermediates="timm_model",
     ),
 }
 

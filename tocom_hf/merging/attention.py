@@ -62,6 +62,8 @@ def attend(
     stock_module = sys.modules[module.stock_class.__module__]  # type: ignore[union-attr]
     if not hasattr(stock_module, "eager_attention_forward"):
         # what the block does itself, whatever implementation the configuration names
+        if getattr(module, "fused_attn", False):
+            return _attend_fused(query, key, value, sizes, scaling, dropout, bias), None
         return attend_eagerly(query, key, value, sizes, scaling, dropout, bias)
     implementation = cast(str, module.config._attn_implementation)  # type: ignore[union-attr]
     if implementation == "sdpa" and not kwargs and _is_stock(implementation):

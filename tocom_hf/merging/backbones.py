@@ -1,6 +1,7 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """The part of a model that token merging applies to, and how it is found."""
 
+import contextlib
 from collections.abc import Iterable
 from typing import NamedTuple, cast
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 
 from tocom_hf.errors import ArgumentError, UnsupportedModelError
 from tocom_hf.merging.architectures import ARCHITECTURES, Architecture, projection_paths, unsupported
+from tocom_hf.merging.timm_models import Dimensions
 
 
 class Backbone(NamedTuple):
@@ -31,6 +33,13 @@ class Backbone(NamedTuple):
     @property
     def layers(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self.module.get_submodule(self.architecture.layers))
+
+    @property
+    def dimensions(self) -> Dimensions:
+        """Measures that configurations of transformers name."""
+        if self.architecture.reader is not None:
+            return self.architecture.reader.dimensions(self.module)
+        return Dimensions(*(getattr(self.module.config, name, None) for name in Dimensions._fields))
 
     @property
     def is_patched(self) -> bool:
@@ -114,6 +123,7 @@ def find_backbone(model: nn.Module, name: str | None = None) -> Backbone:
         )
     found = backbones_in(model)
     if not found:
+        _refuse_read_modules(model)
         raise unsupported(model.config)
     backbone = found[0] if name is None and len(found) == 1 else _chosen(found, name)
     _refuse_unsound_use(backbone)
@@ -126,9 +136,23 @@ def backbones_in(model: PreTrainedModel) -> list[Backbone]:
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             architecture = ARCHITECTURES.get(module.config.model_type)
-            if architecture is not None and _has(module, architecture.layers):
+            if architecture is None:
+                continue
+            if architecture.reader is not None:
+                with contextlib.suppress(UnsupportedModelError):
+                    found.append(Backbone(model, path, module, architecture.reader.resolve(module, architecture)))
+            elif _has(module, architecture.layers):
                 found.append(Backbone(model, path, module, architecture))
     return found
+
+
+def _refuse_read_modules(model: PreTrainedModel) -> None:
+    """Raise the reason why a part of a model is not supported, where the part itself tells it and not its type."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            architecture = ARCHITECTURES.get(module.config.model_type)
+            if architecture is not None and architecture.reader is not None:
+                architecture.reader.resolve(module, architecture)
 
 
 def _chosen(found: list[Backbone], name: str | None) -> Backbone:

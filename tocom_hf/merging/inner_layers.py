@@ -62,6 +62,8 @@ class RestoreHook:
 
 def recording_modules(backbone: Backbone) -> list[nn.Module]:
     """The modules whose forward may return hidden states: the backbone, and its encoder where that is a model too."""
+    if backbone.architecture.intermediates is not None:
+        return []  # that module restores what it records
     encoder = backbone.module.get_submodule(backbone.architecture.layers.rpartition(".")[0])
     if encoder is not backbone.module and isinstance(encoder, PreTrainedModel):
         return [backbone.module, encoder]

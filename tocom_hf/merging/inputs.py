@@ -63,18 +63,18 @@ def ascending_noise(pixel_values: torch.Tensor, config: PreTrainedConfig) -> tor
 
     It shuffles the patches by random noise even where it masks none.
     """
-    rows, columns = patch_grid(config, pixel_values)
+    rows, columns = patch_grid(config.patch_size, pixel_values)
     return torch.linspace(0, 1, rows * columns, device=pixel_values.device).expand(pixel_values.shape[0], -1)
 
 
-def patch_grid(config: PreTrainedConfig, pixel_values: torch.Tensor) -> tuple[int, int]:
+def patch_grid(patch_size: int | Sequence[int], pixel_values: torch.Tensor) -> tuple[int, int]:
     """Patches from top to bottom and from left to right; what does not fill a patch is cut off.
 
     Args:
-        config: Of the backbone.
+        patch_size: Of the backbone, in pixels.
         pixel_values: `(batch, channels, height, width)`.
     """
-    patch_height, patch_width = as_pair(config.patch_size)
+    patch_height, patch_width = as_pair(patch_size)
     return pixel_values.shape[2] // patch_height, pixel_values.shape[3] // patch_width
 
 

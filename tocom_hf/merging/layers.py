@@ -20,6 +20,7 @@ from tocom_hf.merging.recipes import matching_metric
 from tocom_hf.merging.schedule import clamp_r
 from tocom_hf.merging.state import TokenState, running_call
 from tocom_hf.merging.subclassing import RuntimeSubclass, runtime_subclass
+from tocom_hf.merging.timm_models import KNOWN_CLASSES, TIMM_MASKS, full_name
 from tocom_hf.merging.tokens import (
     MergePlan,
     follow_tokens,
@@ -96,12 +97,37 @@ class MergingLayer(Merging):
         if call.sizes is None and call.r == 0 and call.queries is None:
             return super().forward(hidden_states, *args, **kwargs)
 
+        for mask in ("attention_mask", *TIMM_MASKS):
+            kwargs.pop(mask, None)
+        # what attention needed is let go of in there, so that the MLP does not find it in memory
+        hidden_states, weights = self._attend_and_merge(hidden_states, call, kwargs)  # (batch, tokens - r, hidden)
         names = self.tome_architecture
-        kwargs.pop("attention_mask", None)
+        hidden_states = _through(self, names.mlp_branch, hidden_states) + hidden_states
+        if tome.settings.restore and self._is_last(tome):
+            positions = follow_tokens(tome.plans[index] for index in sorted(tome.plans))  # (batch, input tokens)
+            hidden_states = restore_tokens(
+                hidden_states, cast(torch.Tensor, positions)
+            )  # (batch, input tokens, hidden)
+        return (hidden_states, weights) if names.returns_weights else hidden_states
+
+    def _attend_and_merge(
+        self, hidden_states: torch.Tensor, call: AttentionCall, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The first half of the layer.
+
+        Args:
+            hidden_states: `(batch, tokens, hidden)`.
+            call: What the layer does to them.
+            kwargs: What the layer was called with besides, handed on to attention.
+
+        Returns:
+            `(batch, tokens - r, hidden)` or, in a last layer of class tokens only, `(batch, protected, hidden)`; and
+            the attention weights where attention tells them.
+        """
+        names, tome = self.tome_architecture, call.tome
         normed = getattr(self, names.norm_before)(hidden_states)  # (batch, tokens, hidden)
-        branch, weights, plan = find_part(self, names.attention)(
-            normed, call=call, **kwargs
-        )  # (batch, queries, hidden)
+        attention = find_part(self, names.attention)
+        branch, weights, plan = attention(normed, call=call, **kwargs)  # (batch, queries, hidden)
         if call.queries is not None:
             hidden_states = hidden_states[:, : call.queries]  # (batch, protected, hidden)
         branch = _through(self, names.attention_branch, branch)
@@ -120,14 +146,7 @@ class MergingLayer(Merging):
             if call.coordinates is not None:
                 tome.coordinates[self.tome_index] = call.coordinates
         tome.sizes[self.tome_index] = cast(torch.Tensor, sizes)
-
-        hidden_states = _through(self, names.mlp_branch, hidden_states) + hidden_states
-        if tome.settings.restore and self._is_last(tome):
-            positions = follow_tokens(tome.plans[index] for index in sorted(tome.plans))  # (batch, input tokens)
-            hidden_states = restore_tokens(
-                hidden_states, cast(torch.Tensor, positions)
-            )  # (batch, input tokens, hidden)
-        return (hidden_states, weights) if names.returns_weights else hidden_states
+        return hidden_states, weights
 
     def _attention_call(self, tome: TokenState, hidden_states: torch.Tensor) -> AttentionCall:
         """What this layer does to the tokens of a call."""
@@ -232,26 +251,35 @@ class MergingAttention(Merging):
         else:
             query, key, value = getattr(self, names.qkv)(hidden_states).chunk(3, dim=-1)
             projected = [query if queries is None else query[:, :queries], key, value]
-        if names.query_norm is not None and names.key_norm is not None:
-            projected[0] = getattr(self, names.query_norm)(projected[0])
-            projected[1] = getattr(self, names.key_norm)(projected[1])
         if names.num_heads is None:
             head_dim = getattr(self, names.head_dim)
         else:
             head_dim = projected[1].shape[-1] // getattr(self, names.num_heads)
-        return [part.view(*part.shape[:-1], -1, head_dim) for part in projected]
+        if not names.norms_heads:
+            projected = self._normed(projected)
+        projected = [part.view(*part.shape[:-1], -1, head_dim) for part in projected]
+        return self._normed(projected) if names.norms_heads else projected
+
+    def _normed(self, projected: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Query, key and value, the first two normed where the family norms them."""
+        names = self.tome_architecture
+        if names.query_norm is None or names.key_norm is None:
+            return projected
+        query, key, value = projected
+        return [getattr(self, names.query_norm)(query), getattr(self, names.key_norm)(key), value]
 
 
 def merging_class(stock_class: type[nn.Module], mixin: type[Merging]) -> type[Merging]:
-    """The merging subclass of a transformers class.
+    """The merging subclass of a class of transformers, or of a known one of timm.
 
     Raises:
-        UnsupportedModelError: if the class is not one of transformers' own.
+        UnsupportedModelError: if the class is neither.
     """
-    if stock_class.__module__.partition(".")[0] != "transformers":
+    name = full_name(stock_class)
+    if stock_class.__module__.partition(".")[0] != "transformers" and name not in KNOWN_CLASSES:
         raise UnsupportedModelError(
-            f"{stock_class.__module__}.{stock_class.__qualname__} is not a class of transformers, so token merging "
-            "cannot know what its forward does. Supported are the stock layers of the listed architectures."
+            f"{name} is not a class of transformers, so token merging cannot know what its forward does. Supported are "
+            "the stock layers of the listed architectures."
         )
     return runtime_subclass(mixin, stock_class)
 

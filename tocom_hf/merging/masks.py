@@ -18,7 +18,7 @@ from tocom_hf.errors import UnsupportedInputError
 
 
 # the ends of the names of arguments that hide tokens from attention (`pixel_attention_mask`)
-_MASKS = ("attention_mask", "padding_mask", "pixel_mask")
+_MASKS = ("attention_mask", "padding_mask", "pixel_mask", "attn_mask")
 # the beginnings of the names of arguments that tell several images in one sequence apart
 _PACKED = ("cu_seqlens", "cu_seq_lens")
 
@@ -34,7 +34,7 @@ def refuse_hidden_tokens(names: Sequence[str], args: tuple, kwargs: dict[str, An
         args, kwargs: The arguments.
 
     Raises:
-        UnsupportedInputError: if one of them hides tokens, or packs images.
+        UnsupportedInputError: if one of them hides tokens, packs images, or makes attention causal.
     """
     for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
         if value is None:
@@ -43,6 +43,11 @@ def refuse_hidden_tokens(names: Sequence[str], args: tuple, kwargs: dict[str, An
             raise UnsupportedInputError(
                 f"{name} packs several images into one sequence, where token merging would merge tokens of different "
                 "images. Call the model with one image a row, or undo apply_tome first with remove_tome(model)."
+            )
+        if name == "is_causal" and value:
+            raise UnsupportedInputError(
+                "is_causal hides from every token those behind it, and a merged token has no single place in that "
+                "order. Call the model without is_causal, or undo apply_tome first with remove_tome(model)."
             )
         if name.endswith(_MASKS):
             _require_ones(name, value)

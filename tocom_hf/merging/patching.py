@@ -22,6 +22,7 @@ from tocom_hf.merging.masks import argument_names, refuse_hidden_tokens
 from tocom_hf.merging.recipes import MergeRecipe
 from tocom_hf.merging.schedule import Schedule
 from tocom_hf.merging.state import MergeSettings, begin_call, end_call
+from tocom_hf.merging.timm_layers import MergingVisionTransformer
 
 
 def apply_tome(
@@ -196,11 +197,11 @@ def unset_merging(backbone: Backbone) -> None:
     for key in keys:
         del hooks[key]
         del backbone.module._forward_pre_hooks_with_kwargs[key]
-    for module in recording_modules(backbone):
+    for module in {backbone.module, *recording_modules(backbone)}:
         for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, RestoreHook | EndHook)]:
             del module._forward_hooks[key]
             module._forward_hooks_always_called.pop(key, None)
-    for part in backbone.layers.modules():
+    for part in [*backbone.layers.modules(), *_recomputing_module(backbone)]:
         if isinstance(part, MergingLayer):
             del part.tome_index
         if isinstance(part, Merging):
@@ -312,6 +313,8 @@ def _patch(backbone: Backbone, hook: MergeHook) -> None:
     # name every class before the first is replaced, so that a failure leaves the model as it was
     layer_classes = [merging_class(type(layer), MergingLayer) for layer in layers]
     attention_classes = [merging_class(type(attention), MergingAttention) for attention in attentions]
+    recomputing = _recomputing_module(backbone)
+    recomputing_classes = [merging_class(type(part), MergingVisionTransformer) for part in recomputing]
     for index, layer in enumerate(layers):
         layer.__class__ = layer_classes[index]
         layer.tome_index = index  # type: ignore[assignment]
@@ -319,11 +322,20 @@ def _patch(backbone: Backbone, hook: MergeHook) -> None:
     for index, attention in enumerate(attentions):
         attention.__class__ = attention_classes[index]
         attention.tome_architecture = architecture
+    for part, part_class in zip(recomputing, recomputing_classes, strict=True):
+        part.__class__ = part_class
+        part.tome_architecture = architecture  # type: ignore[assignment]
     backbone.module.register_forward_pre_hook(hook, with_kwargs=True)
     for module in recording_modules(backbone):
         module.register_forward_hook(RestoreHook(len(layers)))
     # the last one: what is restored is read from the call that runs
     backbone.module.register_forward_hook(EndHook(), always_call=True)
+
+
+def _recomputing_module(backbone: Backbone) -> list[nn.Module]:
+    """The module of timm that recomputes its layers itself, in a list; an empty one for models of transformers."""
+    path = backbone.architecture.intermediates
+    return [] if path is None else [backbone.module.get_submodule(path)]
 
 
 def _refuse_wrapped_forwards(backbone: Backbone) -> None:

@@ -17,10 +17,6 @@ _TABLE = "it rotates queries and keys by a table that is made once for the whole
 _CAUSAL_UNMASKED = (
     "its attention is causal where no mask is given, and a merged token has no single place in that order"
 )
-_TIMM = (
-    "its layers are those of timm, whose forward token merging does not know; `tocom convert --weights` makes "
-    "checkpoints of transformers of timm's DeiT and ViT"
-)
 _HIERARCHICAL = "it pools or strides over the token grid between its stages, which merged tokens no longer form"
 _PACKED = (
     "it packs the tokens of all images into one sequence without a batch, and joins neighbours of the grid behind its "
@@ -73,7 +69,6 @@ REASONS: dict[str, str] = {
     **dict.fromkeys(("beit", "data2vec-vision", "levit", "seggpt"), _BIASED),
     "llama4_vision_model": _TABLE,
     "phi4_multimodal_vision": _CAUSAL_UNMASKED,
-    "timm_wrapper": _TIMM,
     "flava_image_model": _TWO_FORMS,
     **dict.fromkeys(("pvt", "pvt_v2", "cvt", "segformer", "glpn", "mobilevit"), _HIERARCHICAL),
     **dict.fromkeys(("qwen2_vl_vision", "glm4v_vision", "qwen3_5_vision"), _PACKED),

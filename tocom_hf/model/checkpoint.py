@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, is_timm_available
 
 from tocom_hf.errors import ArgumentError, HubError, PluginFileError, UnsupportedModelError
 from tocom_hf.model.completeness import require_whole_backbone
@@ -73,9 +73,10 @@ class Checkpoint:
         if isinstance(override, PreTrainedConfig):
             return override, arguments
         content = read_json(self.repository.path(CONFIG_NAME))
-        if override is None and content.get("model_type") not in list(CONFIG_MAPPING):
-            error_class = UnsupportedModelError if _is_of_other_code(content) else PluginFileError
-            raise error_class(f"The checkpoint {self.name} cannot be loaded. {reason_for_foreign(content)}")
+        reason = None if override is not None else reason_for_foreign(content)
+        if reason is not None:
+            error_class = UnsupportedModelError if is_of_timm(content) or "auto_map" in content else PluginFileError
+            raise error_class(f"The checkpoint {self.name} cannot be loaded. {reason}")
         if _asks_for_kernels(content):
             raise PluginFileError(
                 f"{CONFIG_NAME} of {self.name} asks for an attention kernel of the Hub, which is code. "
@@ -154,25 +155,30 @@ class Checkpoint:
             require_small_header(self.repository.path(name))
 
 
-def reason_for_foreign(content: dict[str, Any]) -> str:
-    """Why a checkpoint is not supported whose model type transformers does not know.
+def reason_for_foreign(content: dict[str, Any]) -> str | None:
+    """Why a checkpoint is not supported that transformers cannot load here; `None` where it can.
 
     Args:
         content: Its config.json.
     """
-    if _is_of_timm(content):
-        return "It is a checkpoint of timm; `tocom convert --weights` makes one of transformers of its DeiT and ViT."
+    if is_of_timm(content):
+        if is_timm_available():
+            return None
+        return (
+            "It is a checkpoint of timm, which transformers runs where timm and torchvision are installed: "
+            "pip install 'tocom-hf[timm]'. Of its DeiT and ViT `tocom convert --weights` makes checkpoints that need "
+            "neither."
+        )
+    if content.get("model_type") in list(CONFIG_MAPPING):
+        return None
     if "auto_map" in content:
         return "Its class is code of the repository, which is not run; only classes of transformers are supported."
     return "Its config.json names no model type that this version of transformers knows."
 
 
-def _is_of_other_code(content: dict[str, Any]) -> bool:
-    return _is_of_timm(content) or "auto_map" in content
-
-
-def _is_of_timm(content: dict[str, Any]) -> bool:
-    return "pretrained_cfg" in content or "architecture" in content
+def is_of_timm(content: dict[str, Any]) -> bool:
+    """Whether a config.json is that of a model of timm, as timm writes it or in the wrapper of transformers."""
+    return "pretrained_cfg" in content or content.get("model_type") == "timm_wrapper"
 
 
 def _asks_for_kernels(content: Any) -> bool:

@@ -2,7 +2,8 @@
 """Turning a loaded model of transformers into a `TocomModel` in place, all or nothing."""
 
 import copy
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
@@ -11,6 +12,8 @@ from tocom_hf.merging.patching import get_settings, set_merging, unset_merging
 from tocom_hf.merging.subclassing import runtime_subclass
 from tocom_hf.model.folding import TocomState, live_weights
 from tocom_hf.model.locks import ReadersWriterLock, SwitchLock
+from tocom_hf.plugins.plugin_set import PluginSet
+from tocom_hf.plugins.translation import in_names_of
 
 
 def equip(backbone: Backbone, state: TocomState, target_r: int, mixin: type) -> Any:
@@ -24,7 +27,8 @@ def equip(backbone: Backbone, state: TocomState, target_r: int, mixin: type) -> 
     """
     if state.plugins is not None:
         live_weights(backbone, None)  # what is quantised or offloaded has no weights to know the backbone by
-        state.plugins.check_backbone(backbone)
+        state = replace(state, plugins=in_names_of(backbone, state.plugins))
+        cast(PluginSet, state.plugins).check_backbone(backbone)
         live_weights(backbone, state.target_modules)
     if isinstance(backbone.model, mixin):
         return _equip_again(backbone, backbone.model, state, target_r)

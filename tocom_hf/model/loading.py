@@ -14,6 +14,7 @@ from tocom_hf.errors import ArgumentError, DegreeError, PluginFileError, Unsuppo
 from tocom_hf.merging.architectures import supported_types, unsupported
 from tocom_hf.merging.recipes import MergeRecipe, read_recipe
 from tocom_hf.merging.schedule import require_degree
+from tocom_hf.merging.timm_models import MODEL_TYPE
 from tocom_hf.model.checkpoint import Checkpoint
 from tocom_hf.model.lora_files import LoraFiles
 from tocom_hf.model.lora_merging import merge_lora
@@ -273,11 +274,18 @@ def _is_missing(checkpoint: Checkpoint, error: Exception) -> bool:
     return not (checkpoint.folder / PLUGINS_FOLDER).exists()
 
 
+def _class_of_timm(config: PreTrainedConfig) -> str | None:
+    """The class for a checkpoint as timm writes it, which names none; `None` for all others."""
+    if config.model_type != MODEL_TYPE:
+        return None
+    return "TimmWrapperForImageClassification" if config.num_labels else "TimmWrapperModel"
+
+
 def model_class_of(config: PreTrainedConfig) -> Any:
     """The transformers class that a checkpoint was saved from."""
     if not supported_types(config):
         raise unsupported(config)
-    names = config.architectures or ["AutoModel"]
+    names = config.architectures or [_class_of_timm(config) or "AutoModel"]
     name = names[0] if isinstance(names, list) else names
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     if found is not transformers.AutoModel and not (isinstance(found, type) and issubclass(found, PreTrainedModel)):

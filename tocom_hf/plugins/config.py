@@ -48,16 +48,16 @@ class BackboneFacts:
 
     @classmethod
     def of(cls, backbone: Backbone) -> "BackboneFacts":
-        config = backbone.module.config
-        names = [item.name for item in fields(cls) if item.name != "sketch"]
-        shape: dict[str, Any] = {name: _as_json(getattr(config, name, None)) for name in names}
-        return cls(**shape, sketch=_sketch(backbone))
+        measures = backbone.dimensions
+        names = [item.name for item in fields(cls) if item.name not in ("model_type", "sketch")]
+        shape: dict[str, Any] = {name: _as_json(getattr(measures, name)) for name in names}
+        return cls(model_type=backbone.module.config.model_type, **shape, sketch=_sketch(backbone))
 
     def check(self, backbone: Backbone, base_model: str | None) -> None:
         """Raise `BackboneMismatchError` unless `backbone` is this one, or was fine-tuned from it."""
         found = BackboneFacts.of(backbone)
         names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"]
-        if _fine_tuned_as(found.model_type) != _fine_tuned_as(self.model_type):
+        if not may_hold_the_same_weights(found.model_type, self.model_type):
             names.insert(0, "model_type")
         wrong = [
             f"{name} is {getattr(found, name)!r}, the set's is {getattr(self, name)!r}"
@@ -295,9 +295,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, _NUMBER) and not isinstance(value, bool) and abs(value) < 1e30  # false for NaN
 
 
-def _fine_tuned_as(model_type: str) -> str:
-    """The model type of checkpoints that are fine-tuned from one: a masked autoencoder becomes a ViT."""
-    return ARCHITECTURES[model_type].fine_tuned_as or model_type
+def may_hold_the_same_weights(one: str, other: str) -> bool:
+    """Whether models of two types can have the same layers: an autoencoder becomes a ViT, and timm has all of them."""
+    rows = ARCHITECTURES[one], ARCHITECTURES[other]
+    types = [row.fine_tuned_as or model_type for row, model_type in zip(rows, (one, other), strict=True)]
+    return types[0] == types[1] or any(row.reader is not None for row in rows)
 
 
 def _as_json(value: Any) -> Any:
