@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers as hf
 from helpers import reference
+from helpers.duplicates import duplicates, without_positions
 from helpers.families import COMMON, FAMILIES, SIMILAR, clip, dino
 from helpers.models import describe, make_model
-from torch import nn
 
 from tocom_hf import UnsupportedInputError, apply_tome, remove_tome
 from tocom_hf.merging.backbones import find_backbone
@@ -135,24 +135,6 @@ def llava(layer=-2):
         vision_config=clip().vision_config, text_config=text, image_token_index=99, vision_feature_layer=layer
     )
     return hf.LlavaForConditionalGeneration(config)
-
-
-def duplicates(batch=2):
-    """Images of two kinds of patches, of which every one has exact duplicates among those that it may merge with."""
-    generator = torch.Generator().manual_seed(3)
-    kinds = torch.randn(batch, 2, 3, 4, 4, generator=generator)
-    rows = [torch.cat([kinds[:, (row // 2) % 2]] * 8, dim=-1) for row in range(8)]
-    return torch.cat(rows, dim=-2)  # (batch, 3, 32, 32)
-
-
-def without_positions(model):
-    """A model to which patches that look alike are alike."""
-    for name, parameter in model.named_parameters():
-        if "position_embedding" in name:
-            nn.init.zeros_(parameter)
-        elif parameter.ndim > 1 or "lambda" in name:
-            nn.init.normal_(parameter, std=0.3)
-    return model.eval()
 
 
 def text_inputs(batch=2):

@@ -236,6 +236,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "idefics2_vision": _SIGLIP,
     "altclip_vision_model": _CLIP,
     "chinese_clip_vision_model": _CLIP,
+    "clipseg_vision_model": _CLIP,
     "owlvit_vision_model": _CLIP,
     "owlv2_vision_model": _CLIP,
     "git_vision_model": replace(_CLIP, layers="vision_model.encoder.layers"),
