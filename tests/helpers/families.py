@@ -1,6 +1,7 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """A small random model of every supported family, and what the slow reference must know about it."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,20 @@ def dinov3_angles(position):
     row, column = divmod(position - 3, 8)
     centres = [(2 * place + 1) / 8 - 1 for place in (row, column)]
     return torch.tensor([2 * math.pi * c * f for c in centres for f in (1, 0.1)], dtype=torch.float64)
+
+
+@functools.cache
+def _mlcd_class_angles():
+    """What the class token of the tested MLCD turns by, which is learned."""
+    family = next(family for family in SIMILAR if family.model_class is hf.MLCDVisionModel)
+    return family.make().class_pos_emb.detach()[0].double()
+
+
+def mlcd_angles(position):
+    """Rows and columns from 0 on a 8 x 8 grid, heads of 8 channels: frequencies 1 and 1 / sqrt(10,000)."""
+    if position == 0:
+        return _mlcd_class_angles()
+    return torch.tensor([place * f for place in divmod(position - 1, 8) for f in (1, 0.01)], dtype=torch.float64)
 
 
 CLIP_SIZES = {**COMMON, "image_size": 16, "num_frames": 8}  # 4 x 4 x 4 tokens
@@ -313,6 +328,15 @@ def tower_families():
             layers,
             CLIP,
             last,
+        ),
+        Family(
+            hf.MLCDVisionModel,
+            lambda: tower(hf.MLCDVisionConfig),
+            1,
+            layers,
+            CLIP,
+            "pooler_output",
+            angles_of=mlcd_angles,
         ),
         Family(hf.AltCLIPVisionModel, lambda: tower(hf.AltCLIPVisionConfig), 1, layers, CLIP, "pooler_output"),
         Family(hf.ChineseCLIPVisionModel, lambda: tower(hf.ChineseCLIPVisionConfig), 1, layers, CLIP, "pooler_output"),

@@ -173,6 +173,8 @@ def test_restored_outputs_keep_their_shape(family):
 def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
     if not family.model_class.supports_gradient_checkpointing:
         pytest.skip("the model has no gradient checkpointing")
+    if use_reentrant and str(family) == "MLCDVisionModel":
+        pytest.skip("its learned positions reach layers in a list, which reentrant checkpointing does not look into")
 
     def gradients(checkpointing):
         model = apply_tome(family.make(), 6).train()

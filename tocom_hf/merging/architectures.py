@@ -40,6 +40,7 @@ class Architecture:
         positions: How attention rotates queries and keys by position, or `None` where it does not.
         eager_adds_mask: Whether the family's own eager attention adds a mask to its logits.
         returns_weights: Whether a layer returns its attention weights beside its hidden states.
+        layer_arguments: Names of what the backbone hands its layers by position, behind the hidden states.
         passes_kwargs: Whether keyword arguments of the backbone's forward reach its layers.
         protected: Number of class and distillation tokens at the front, which never merge.
         registers: Configuration attribute that counts further tokens behind those, or `None`: registers, or a number of
@@ -81,6 +82,7 @@ class Architecture:
     positions: Positions | None = None
     eager_adds_mask: bool = True
     returns_weights: bool = False
+    layer_arguments: tuple[str, ...] = ("attention_mask",)
     passes_kwargs: bool = True
     protected: int = 1
     registers: str | None = None
@@ -169,6 +171,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "siglip_vision_model": _SIGLIP,
     "ijepa": Architecture(protected=0, restore=True),
     "audio-spectrogram-transformer": Architecture(protected=2, inputs="spectrograms", input_name="input_values"),
+    "mlcd_vision_model": replace(
+        _CLIP, positions=AxialRotary(), layer_arguments=("position_embeddings", "attention_mask")
+    ),
     # video
     "videomae": replace(
         _NESTED,  # restored, because classifiers read the mean of all tokens

@@ -97,6 +97,7 @@ class MergingLayer(Merging):
         if call.sizes is None and call.r == 0 and call.queries is None:
             return super().forward(hidden_states, *args, **kwargs)
 
+        kwargs.update(zip(self.tome_architecture.layer_arguments, args, strict=False))
         for mask in ("attention_mask", *TIMM_MASKS):
             kwargs.pop(mask, None)
         # what attention needed is let go of in there, so that the MLP does not find it in memory
