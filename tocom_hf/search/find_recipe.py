@@ -180,7 +180,9 @@ class _Judge:
             batch["pixel_values"].to(parameter.device, parameter.dtype)
             for batch in DataLoader(images, batch_size=batch_size)
         ]
-        self.example = Example.of(backbone, tuple(self.batches[0].shape[2:]), 1)
+        # others than images are only taken at the size that the configuration names
+        takes_any_size = backbone.architecture.inputs == "images"
+        self.example = Example.of(backbone, tuple(self.batches[0].shape[2:]) if takes_any_size else None, 1)
         with merging_at(backbone, 0):
             self.references = [self.objective.outputs(backbone, batch) for batch in self.batches]
 
