@@ -87,6 +87,36 @@ def test_fit_scales_fits_to_clips(run, clip_model, tmp_path):
     TocomModel.from_pretrained(tmp_path / "model", plugins=fitted, source_r=0, target_r=4)
 
 
+# datasets sleeps for seconds at the end of every pass over a stream
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_distill_learns_from_clips(run, clip_model, tmp_path, streaming):
+    (tmp_path / "data").mkdir()
+    for split, lengths in (("train", [8, 9, 10, 11]), ("test", [12, 13])):
+        save_clips(tmp_path / f"data/{split}.parquet", lengths)
+    ended = run(
+        "distill", "--model_name_or_path", "model", "--dataset_name", "data", "--image_column", "clip",
+        "--eval_split", "test", "--streaming", streaming, "--max_r", 2, "--max_steps", 4, "--random_erasing", 1.0,
+        "--per_device_train_batch_size", 2, "--mixup", 0.5, "--learning_rate", 0.1, "--output_dir", "distilled",
+    )  # fmt: skip
+    assert ended.code == 0, ended
+    plugins = PluginSet.from_pretrained(tmp_path / "distilled")
+    assert len(plugins.config.training["agreement"]["degrees"]) == 3
+    TocomModel.from_pretrained(tmp_path / "model", plugins=plugins, source_r=0, target_r=2)
+    assert any(factors.lora_B.any() for index in (0, 1) for factors in plugins.adapter(index).values())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--randaugment_num_ops", "2"], "RandAugment is for images; leave it out for clips: --randaugment_num_ops 0"),
+        (["--image_size", "32"], "Models of clips take them at the size of their configuration only"),
+    ],
+)
+def test_distill_refuses_what_is_for_images_alone(refused, clip_model, option, message):
+    arguments = ["--model_name_or_path", "model", "--dataset_name", "none", "--max_r", "2", "--output_dir", "out"]
+    assert message in refused("distill", *arguments, *option)
+
+
 def test_calibrate_and_merge_report_count_clips(run, tmp_path):
     checkpoint(
         tmp_path / "model", hf.VivitForVideoClassification(vivit(num_labels=3)), clip_processor(hf.VivitImageProcessor)
@@ -139,12 +169,6 @@ def test_models_of_spectrograms_are_refused(refused, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("command", "arguments"),
-    [
-        ("distill", ["--model_name_or_path", "model", "--dataset_name", "images", "--output_dir", "out"]),
-        ("visualize", ["--model_name_or_path", "model", "--images", "a.png", "--output", "out.png"]),
-    ],
-)
-def test_commands_for_images_refuse_models_of_clips(refused, clip_model, command, arguments):
-    assert "takes clips (videomae), and this command reads images only" in refused(command, *arguments)
+def test_visualize_refuses_models_of_clips(refused, clip_model):
+    arguments = ["--model_name_or_path", "model", "--images", "a.png", "--output", "out.png"]
+    assert "takes clips (videomae), and this command reads images only" in refused("visualize", *arguments)

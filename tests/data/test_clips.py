@@ -16,8 +16,10 @@ from helpers.clips import clip_processor, make_frames, save_clips
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 
 from tocom_hf import ArgumentError, DatasetError, UnreadableImageError
-from tocom_hf.data.clips import draw_frames, load_clips, with_clip_values
+from tocom_hf.data.clips import TrainingClips, draw_frames, load_clips, with_clip_values
+from tocom_hf.data.images import TrainingImages
 from tocom_hf.data.tasks import load_labelled, require_disjoint
+from tocom_hf.distillation.augmentation import Augmentation, augment
 from tocom_hf.errors import MissingExtraError
 
 
@@ -133,6 +135,39 @@ def test_clips_in_two_splits_are_found(parquet):
     require_disjoint(load("train[:2]"), load("train[2:]"))
     with pytest.raises(DatasetError, match="1 images are in the validation split and in the test split"):
         require_disjoint(load("train[:2]"), load("train[1:]"))
+
+
+def test_views_show_the_same_part_of_all_frames(parquet):
+    processor = clip_processor()
+    views = TrainingClips(load_clips(parquet, image_column="clip"), processor, 8, image_column="clip", min_crop=0.2)
+    view = views.view(2, np.random.default_rng(5))
+    assert view.dtype == torch.uint8
+    frames = [make_frames(20, seed=2)[index] for index in (0, 2, 5, 7, 10, 12, 15, 17)]
+    images = datasets.Dataset.from_dict({"image": frames}).cast_column("image", datasets.Image())
+    alone = TrainingImages(images, processor, min_crop=0.2)
+    assert torch.equal(view, torch.stack([alone.view(index, np.random.default_rng(5)) for index in range(8)]))
+    assert views.select([2])[0]["pixel_values"].shape == (8, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        clip_processor(),
+        clip_processor(hf.VivitImageProcessor),
+        hf.VivitImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_normalize=False),
+    ],
+)
+def test_whole_views_are_normalised_as_the_processor_does(processor):
+    """ViViT's scales to [-1, 1] before it normalises."""
+    frames = make_frames(8, size=(16, 16))
+    data = datasets.Dataset.from_dict(
+        {"image": [frames]}, datasets.Features({"image": datasets.List(datasets.Image())})
+    )
+    views = TrainingClips(data, processor, 8)
+    expected = processor(frames, return_tensors="pt")["pixel_values"].float()
+    batch, keys = views[0]["pixel_values"][None], torch.zeros(1, dtype=torch.int64)
+    found = augment(batch, keys, Augmentation(), views.image_mean, views.image_std)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @dataclass

@@ -91,6 +91,15 @@ class SampleKind:
             return with_pixel_values(dataset, processor, **columns)
         return with_clip_values(dataset, processor, self.num_frames, **columns)
 
+    def views(self, dataset: Any, processor: Any, **settings: Any) -> Any:
+        """Random views for distillation: `TrainingImages` or `TrainingClips`, with settings that both have."""
+        from tocom_hf.data.clips import TrainingClips
+        from tocom_hf.data.images import TrainingImages
+
+        if self.num_frames is None:
+            return TrainingImages(dataset, processor, num_channels=self.num_channels, **settings)
+        return TrainingClips(dataset, processor, self.num_frames, num_channels=self.num_channels, **settings)
+
 
 def load_clip_processor(name: str | Path, **arguments: Any) -> Any:
     """The processor of a checkpoint of video.

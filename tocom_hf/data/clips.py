@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
+import torch
 from PIL import Image
 
 from tocom_hf.data.colour import find_num_channels, to_channels
-from tocom_hf.data.images import load_columns, open_image
+from tocom_hf.data.images import TrainingImages, load_columns, open_image
 from tocom_hf.errors import ArgumentError, DatasetError, MissingExtraError, UnreadableImageError
 
 
@@ -197,6 +198,66 @@ class ClipReader:
         return f"The clip {name}in the column {self.column!r}"
 
 
+class TrainingClips(TrainingImages):
+    """Random views of clips for distillation: the same part of all frames of each, uint8.
+
+    Args:
+        clips: What `load_clips` returned.
+        processor: The model's video processor, or its image processor where that takes the frames of clips.
+        num_frames: What the model takes. So many are drawn evenly over a clip.
+        image_column: Column of the clips.
+        min_crop, flip, num_channels: As for `TrainingImages`. All frames of a clip are cut and mirrored alike.
+
+    Attributes:
+        num_channels: Channels of the views.
+        image_mean, image_std: float32 `(channels,)`, what values in [0, 1] are normalised by.
+        size: Height and width of the views.
+
+    Raises:
+        ArgumentError: if an argument is out of range, or the processor is made for another number of channels, or for
+            images.
+    """
+
+    def __init__(
+        self,
+        clips: Any,
+        processor: Any,
+        num_frames: int,
+        *,
+        image_column: str = "image",
+        min_crop: float = 0.08,
+        flip: float = 0.5,
+        num_channels: int | None = None,
+    ):
+        feature = clips.features[image_column]
+        super().__init__(
+            clips, processor, image_column=image_column, min_crop=min_crop, flip=flip, num_channels=num_channels
+        )
+        self.reader = ClipReader(feature, image_column, num_frames, self.num_channels)
+        # looked up in what the processor does, because some scale to [-1, 1] before they normalise
+        black, white = (self._process_shade(processor, shade) for shade in (0, 255))
+        self.image_std = 1 / (white - black)
+        self.image_mean = -black * self.image_std
+
+    def _encoded(self, images: Any, image_column: str) -> Any:
+        return encoded_clips(images, image_column)
+
+    def _open(self, sample: dict[str, Any]) -> list[Image.Image]:
+        return self.reader.read(sample[self.image_column])
+
+    def _resize(self, frames: list[Image.Image], box: Any) -> torch.Tensor:
+        """uint8 `(frames, channels, height, width)`."""
+        return torch.stack([self._resize_image(frame, box) for frame in frames])
+
+    def _process_shade(self, processor: Any, shade: int) -> torch.Tensor:
+        """What the processor makes of the channels of a clip of one shade: float32 `(channels,)`."""
+        height, width = self.size
+        mode = "RGB" if self.num_channels == 3 else "L"
+        frame = Image.new("RGB", (width, height), (shade, shade, shade)).convert(mode)
+        values = _process_frames(processor, [frame] * self.reader.num_frames, self.num_channels)
+        return values.float().mean(dim=(0, 2, 3))
+
+
 @dataclass(frozen=True)
 class _Process:
     """The transform of `with_clip_values`; a class, so that worker processes can be started with any method."""
@@ -207,24 +268,29 @@ class _Process:
 
     def __call__(self, batch: dict[str, list]) -> dict[str, Any]:
         # one after the other, because the frames of a whole batch before resizing may not fit into memory
-        clips = [self._process(self.reader.read(encoded)) for encoded in batch[self.reader.column]]
+        clips = []
+        for encoded in batch[self.reader.column]:
+            frames = self.reader.read(encoded)
+            clips.append(_process_frames(self.processor, frames, self.reader.num_channels))
         sample: dict[str, Any] = {"pixel_values": clips}
         if self.label_column is not None:
             sample["labels"] = batch[self.label_column]
         return sample
 
-    def _process(self, frames: list[Image.Image]) -> Any:
-        # these frames are drawn already
-        settings = {"do_sample_frames": False} if hasattr(self.processor, "do_sample_frames") else {}
-        processed = self.processor([frames], return_tensors="pt", **settings)
-        values = processed[self.processor.model_input_names[0]]
-        if values.ndim != 5 or tuple(values.shape[:3]) != (1, len(frames), self.reader.num_channels):
-            raise ArgumentError(
-                f"{type(self.processor).__name__} makes values of the shape {tuple(values.shape)} of one clip; "
-                f"expected (1, {len(frames)}, {self.reader.num_channels}, height, width). The model's own video "
-                "processor is needed, or an image processor for clips, such as VideoMAEImageProcessor."
-            )
-        return values[0]
+
+def _process_frames(processor: Any, frames: list[Image.Image], num_channels: int) -> torch.Tensor:
+    """The values of one clip, `(frames, channels, height, width)`."""
+    # these frames are drawn already
+    settings = {"do_sample_frames": False} if hasattr(processor, "do_sample_frames") else {}
+    processed = processor([frames], return_tensors="pt", **settings)
+    values = processed[processor.model_input_names[0]]
+    if values.ndim != 5 or tuple(values.shape[:3]) != (1, len(frames), num_channels):
+        raise ArgumentError(
+            f"{type(processor).__name__} makes values of the shape {tuple(values.shape)} of one clip; expected "
+            f"(1, {len(frames)}, {num_channels}, height, width). The model's own video processor is needed, or an "
+            "image processor for clips, such as VideoMAEImageProcessor."
+        )
+    return values[0]
 
 
 def _holds_clips(feature: Any) -> bool:

@@ -294,7 +294,7 @@ class TrainingImages(Dataset):
             raise ArgumentError(f"Expected min_crop in (0, 1] and flip in [0, 1], got {min_crop!r} and {flip!r}.")
         self.num_channels = find_num_channels(processor, num_channels)
         # undecoded, so that a stream that is read up to where a run stopped does not decode what it skips
-        self.images = images.cast_column(image_column, datasets.Image(decode=False))
+        self.images = self._encoded(images, image_column)
         self.image_column, self.min_crop, self.flip = image_column, min_crop, flip
         self.size = _view_size(processor)
         normalised = getattr(processor, "do_normalize", False)
@@ -306,8 +306,8 @@ class TrainingImages(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """The whole image, resized: `pixel_values` as uint8 `(channels, height, width)`."""
-        image = self._open(self.images[index])
-        return {"pixel_values": self._resize(image, (0, 0, *image.size))}
+        frames = self._open(self.images[index])
+        return {"pixel_values": self._resize(frames, (0, 0, *frames[0].size))}
 
     def select(self, indices: Iterable[int]) -> "TrainingImages":
         """The same views of some of the images only."""
@@ -323,18 +323,26 @@ class TrainingImages(Dataset):
             generator: Decides the view.
         """
         sample = self.images[sample] if isinstance(sample, int) else sample
-        image = self._open(sample)
-        view = self._resize(image, _random_box(image.size, self.min_crop, generator))
+        frames = self._open(sample)
+        view = self._resize(frames, _random_box(frames[0].size, self.min_crop, generator))
         return view.flip(-1) if generator.random() < self.flip else view
 
-    def _resize(self, image: Image.Image, box: "_Box") -> torch.Tensor:
+    def _encoded(self, images: Any, image_column: str) -> Any:
+        return images.cast_column(image_column, datasets.Image(decode=False))
+
+    def _open(self, sample: dict[str, Any]) -> list[Image.Image]:
+        """What a sample shows: one image."""
+        return [open_image(sample[self.image_column], self.image_column, self.num_channels)]
+
+    def _resize(self, frames: list[Image.Image], box: "_Box") -> torch.Tensor:
+        """A part of what a sample shows, uint8."""
+        return self._resize_image(frames[0], box)
+
+    def _resize_image(self, image: Image.Image, box: "_Box") -> torch.Tensor:
         height, width = self.size
         resized = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
         pixels = torch.from_numpy(np.array(resized)).view(height, width, self.num_channels)
         return pixels.permute(2, 0, 1).contiguous()
-
-    def _open(self, sample: dict[str, Any]) -> Image.Image:
-        return open_image(sample[self.image_column], self.image_column, self.num_channels)
 
 
 def open_image(encoded: dict[str, Any] | None, column: str, num_channels: int) -> Image.Image:
