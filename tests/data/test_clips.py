@@ -65,6 +65,15 @@ def test_a_limit_draws_clips_and_always_the_same(tmp_path):
     assert drawn["label"][:] != [0, 1, 2, 3, 4]
 
 
+def test_clips_are_not_written_anew(parquet, monkeypatch):
+    clips = load_clips(parquet, image_column="clip").select([3, 1])
+    monkeypatch.setattr(datasets.Dataset, "map", lambda *_, **__: pytest.fail("copied"))
+    processed = with_clip_values(clips, clip_processor(), 8, image_column="clip")
+    frames = [make_frames(13, seed=3)[index * 13 // 8] for index in range(8)]
+    assert torch.equal(processed[0]["pixel_values"], clip_processor()(frames, return_tensors="pt")["pixel_values"][0])
+    assert len(TrainingClips(clips, clip_processor(), 8, image_column="clip").select([1])) == 1
+
+
 def test_short_clips_are_refused_as_video_processors_refuse_them(tmp_path):
     with pytest.raises(ValueError, match="exceeds total_num_frames"):
         default_sample_indices_fn(VideoMetadata(total_num_frames=7), num_frames=8)

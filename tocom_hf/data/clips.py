@@ -103,7 +103,16 @@ def encoded_clips(dataset: Any, image_column: str) -> Any:
     feature = dataset.features[image_column]
     if isinstance(feature, datasets.Image | datasets.Video):
         return dataset.cast_column(image_column, replace(feature, decode=False))
-    return dataset.cast_column(image_column, replace(feature, feature=datasets.Image(decode=False)))
+    encoded = replace(feature, feature=datasets.Image(decode=False))
+    if not isinstance(dataset, datasets.Dataset):  # a stream
+        return dataset.cast_column(image_column, encoded)
+    # cast_column would write all lists anew, although they are stored alike
+    info = dataset.info.copy()
+    info.features = datasets.Features({**dataset.features, image_column: encoded})
+    table = dataset.data.replace_schema_metadata(None)
+    as_encoded = datasets.Dataset(table, info=info, split=dataset.split, indices_table=dataset._indices)
+    as_encoded.set_format(**dataset.format)
+    return as_encoded
 
 
 def draw_frames(total: int, num_frames: int) -> list[int]:
