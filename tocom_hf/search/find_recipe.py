@@ -107,7 +107,8 @@ def find_recipe(
 
     Args:
         model: A supported model that does not merge. It is left as it was.
-        images: Samples with finished `pixel_values`, float `(channels, height, width)`. One or two hundred suffice.
+        images: Samples with finished `pixel_values`, float `(channels, height, width)`, of clips with the frames in
+            front. One or two hundred suffice.
         degrees: The degrees to search for; 0 is left out.
         match_by: What to try, of `MergeRecipe.match_by`.
         size_penalties: What to try, of `MergeRecipe.size_penalty`.
