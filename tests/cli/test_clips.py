@@ -151,6 +151,26 @@ def test_video_processors_need_torchvision(refused, tmp_path, monkeypatch):
     assert error.endswith("Run: pip install torchvision")
 
 
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (clip_processor(side=32), "makes frames of 32 x 32 pixels, but the model takes 16 x 16. Correct size and crop"),
+        (hf.VideoMAEImageProcessorPil(do_resize=False, do_center_crop=False), "makes frames of 16 x 32 pixels"),
+        (hf.ViTImageProcessorPil(size={"height": 16, "width": 16}), "of one clip; expected (1, 8, 3, height, width)"),
+    ],
+)
+@pytest.mark.parametrize("command", ["evaluate", "distill"])
+def test_processors_must_fit_the_model_before_data_are_loaded(
+    refused, clip_model, tmp_path, command, processor, message
+):
+    processor.save_pretrained(tmp_path / "model")
+    arguments = {
+        "evaluate": ["--checkpoints", "model", "--dataset_name", "user/none", "--target_r", 0],
+        "distill": ["--model_name_or_path", "model", "--dataset_name", "user/none", "--max_r", 2],
+    }
+    assert message in refused(command, *arguments[command], "--output_dir", "out")
+
+
 def test_checkpoints_of_images_and_of_clips_are_not_mixed(refused, clip_model, tmp_path):
     hf.ViTForImageClassification(
         hf.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)

@@ -196,10 +196,10 @@ def evaluate(args: argparse.Namespace) -> None:
     for_each(args.checkpoints, args.source_r or [None], "--source_r")
     kinds = find_kinds(args.checkpoints)
     plugins = open_plugins(args)
-    with accelerator.main_process_first():
-        splits = load_splits(args, kinds[0])
     named_kinds = zip(args.checkpoints, kinds, strict=True)
     processors = [kind.load_processor(checkpoint) for checkpoint, kind in named_kinds]
+    with accelerator.main_process_first():
+        splits = load_splits(args, kinds[0])
     require_runnable(args, plugins, splits)
     require_folder(args.output_dir)
 

@@ -21,10 +21,12 @@ class SampleKind:
     Attributes:
         num_channels: Of each image, or of each frame.
         num_frames: Frames of a clip; `None` for images.
+        size: Height and width of a clip, which models take at one size only; `None` for images.
     """
 
     num_channels: int
     num_frames: int | None = None
+    size: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, config: Any, name: str | Path) -> "SampleKind":
@@ -39,6 +41,7 @@ class SampleKind:
         """
         from tocom_hf.data.colour import model_channels
         from tocom_hf.merging.architectures import ARCHITECTURES, supported_parts
+        from tocom_hf.merging.inputs import as_pair
 
         parts = [(part, ARCHITECTURES[part.model_type]) for part in supported_parts(config)]
         kinds = {architecture.inputs for _, architecture in parts}
@@ -46,8 +49,8 @@ class SampleKind:
             return cls(model_channels(config))
         for part, architecture in parts:
             if architecture.inputs == "clips":
-                frames, channels, _ = architecture.clip_sizes
-                return cls(getattr(part, channels), getattr(part, frames))
+                frames, channels, size = (getattr(part, name) for name in architecture.clip_sizes)
+                return cls(channels, frames, as_pair(size))
         raise UnsupportedModelError(
             f"{name} takes {' and '.join(sorted(kinds))} ({config.model_type}), and this command reads images and "
             "clips. From Python, apply_tome, calibrate and distill take such models, with samples of finished "
@@ -67,12 +70,15 @@ class SampleKind:
         return load_images(name, **arguments) if self.num_frames is None else load_clips(name, **arguments)
 
     def load_processor(self, name: str | Path, **arguments: Any) -> Any:
-        """The processor of a checkpoint, made for the channels that the model takes."""
+        """The processor of a checkpoint, made for what the model takes."""
         from tocom_hf.data.colour import find_num_channels
 
         load = load_processor if self.num_frames is None else load_clip_processor
         processor = load(name, **arguments)
         find_num_channels(processor, self.num_channels)
+        if self.num_frames is not None and self.size is not None:
+            with refused_input(f"The processor of {str(name)!r} cannot process clips"):
+                self._try_out(processor, self.num_frames, self.size)
         return processor
 
     def process(
@@ -89,7 +95,7 @@ class SampleKind:
         }
         if self.num_frames is None:
             return with_pixel_values(dataset, processor, **columns)
-        return with_clip_values(dataset, processor, self.num_frames, **columns)
+        return with_clip_values(dataset, processor, self.num_frames, size=self.size, **columns)
 
     def views(self, dataset: Any, processor: Any, **settings: Any) -> Any:
         """Random views for distillation: `TrainingImages` or `TrainingClips`, with settings that both have."""
@@ -98,7 +104,22 @@ class SampleKind:
 
         if self.num_frames is None:
             return TrainingImages(dataset, processor, num_channels=self.num_channels, **settings)
-        return TrainingClips(dataset, processor, self.num_frames, num_channels=self.num_channels, **settings)
+        clips = TrainingClips(dataset, processor, self.num_frames, num_channels=self.num_channels, **settings)
+        if clips.size != self.size:
+            raise ArgumentError(
+                f"The settings of the checkpoint's processor name {clips.size} as height and width of the frames, but "
+                f"the model takes {self.size}. Correct size and crop_size there."
+            )
+        return clips
+
+    def _try_out(self, processor: Any, num_frames: int, size: tuple[int, int]) -> None:
+        """Process a clip that is wide and black, before any data are loaded."""
+        from PIL import Image
+
+        from tocom_hf.data.clips import process_frames
+
+        frame = Image.new("RGB" if self.num_channels == 3 else "L", (2 * size[1], size[0]))
+        process_frames(processor, [frame] * num_frames, self.num_channels, size)
 
 
 def load_clip_processor(name: str | Path, **arguments: Any) -> Any:

@@ -72,6 +72,7 @@ def with_clip_values(
     image_column: str = "image",
     label_column: str | None = None,
     num_channels: int | None = None,
+    size: tuple[int, int] | None = None,
 ) -> datasets.Dataset:
     """Process clips when they are read: samples become `pixel_values` `(frames, channels, height, width)` and `labels`.
 
@@ -82,15 +83,17 @@ def with_clip_values(
         image_column: Column of the clips.
         label_column: Column of the labels, if they shall be in the samples.
         num_channels: What the model takes, 3 for RGB or 1 for grey; by default what the processor is made for.
+        size: Height and width that the model takes; by default whatever the processor makes.
 
     Raises:
-        ArgumentError: if the processor is made for another number of channels, or, when a sample is read, for images.
+        ArgumentError: if the processor is made for another number of channels, or, when a sample is read, for images or
+            for another size.
         DatasetError: when a sample is read that is damaged, or that has fewer frames than the model takes.
     """
     feature = dataset.features[image_column]
     num_channels = find_num_channels(processor, num_channels)
     reader = ClipReader(feature, image_column, num_frames, num_channels)
-    return encoded_clips(dataset, image_column).with_transform(_Process(processor, reader, label_column))
+    return encoded_clips(dataset, image_column).with_transform(_Process(processor, reader, label_column, size))
 
 
 def encoded_clips(dataset: Any, image_column: str) -> Any:
@@ -263,7 +266,7 @@ class TrainingClips(TrainingImages):
         height, width = self.size
         mode = "RGB" if self.num_channels == 3 else "L"
         frame = Image.new("RGB", (width, height), (shade, shade, shade)).convert(mode)
-        values = _process_frames(processor, [frame] * self.reader.num_frames, self.num_channels)
+        values = process_frames(processor, [frame] * self.reader.num_frames, self.num_channels)
         return values.float().mean(dim=(0, 2, 3))
 
 
@@ -274,21 +277,29 @@ class _Process:
     processor: Any
     reader: ClipReader
     label_column: str | None
+    size: tuple[int, int] | None
 
     def __call__(self, batch: dict[str, list]) -> dict[str, Any]:
         # one after the other, because the frames of a whole batch before resizing may not fit into memory
         clips = []
         for encoded in batch[self.reader.column]:
             frames = self.reader.read(encoded)
-            clips.append(_process_frames(self.processor, frames, self.reader.num_channels))
+            clips.append(process_frames(self.processor, frames, self.reader.num_channels, self.size))
         sample: dict[str, Any] = {"pixel_values": clips}
         if self.label_column is not None:
             sample["labels"] = batch[self.label_column]
         return sample
 
 
-def _process_frames(processor: Any, frames: list[Image.Image], num_channels: int) -> torch.Tensor:
-    """The values of one clip, `(frames, channels, height, width)`."""
+def process_frames(
+    processor: Any, frames: list[Image.Image], num_channels: int, size: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """The values of one clip, `(frames, channels, height, width)`.
+
+    Args:
+        processor, num_channels, size: As in `with_clip_values`.
+        frames: All that the model takes.
+    """
     # these frames are drawn already
     settings = {"do_sample_frames": False} if hasattr(processor, "do_sample_frames") else {}
     processed = processor([frames], return_tensors="pt", **settings)
@@ -298,6 +309,12 @@ def _process_frames(processor: Any, frames: list[Image.Image], num_channels: int
             f"{type(processor).__name__} makes values of the shape {tuple(values.shape)} of one clip; expected "
             f"(1, {len(frames)}, {num_channels}, height, width). The model's own video processor is needed, or an "
             "image processor for clips, such as VideoMAEImageProcessor."
+        )
+    made = tuple(values.shape[-2:])
+    if size is not None and made != size:
+        raise ArgumentError(
+            f"{type(processor).__name__} makes frames of {made[0]} x {made[1]} pixels, but the model takes "
+            f"{size[0]} x {size[1]}. Correct size and crop_size in the settings of the checkpoint's processor."
         )
     return values[0]
 
