@@ -2,9 +2,10 @@
 """Accuracy is measured of classifiers only, and whatever else is refused before a forward pass."""
 
 import pytest
+import torch
 import transformers as hf
-from helpers.families import ast, vivit
-from helpers.models import make_model
+from helpers.families import FAMILIES, SIMILAR, ast
+from helpers.models import make_model, make_plugins
 
 from tocom_hf import TocomModel, UnsupportedModelError, evaluate_degrees
 from tocom_hf.evaluation.grid import evaluate_checkpoint
@@ -21,7 +22,6 @@ class ViTOfAUser(hf.ViTForImageClassification):
         (lambda: make_model(problem_type="regression"), "is a regression with 5 outputs"),
         (lambda: make_model(problem_type="multi_label_classification"), "several labels an image .* 'single_label"),
         (lambda: make_model(hf.ViTModel), "is a ViTModel, which classifies no images. Fine-tune it first"),
-        (lambda: hf.VivitForVideoClassification(vivit()), "which classifies clips, and accuracy is measured on images"),
         (lambda: hf.ASTForAudioClassification(ast()), "is a ASTForAudioClassification, which classifies no images"),
     ],
 )
@@ -40,3 +40,17 @@ def test_classifiers_are_evaluated(model_class, pixel_values):
     samples = [{"pixel_values": image, "labels": 0} for image in pixel_values]
     (run,) = evaluate_checkpoint(model, "it", [0], samples, None)
     assert run.plain.tolist() == (model(pixel_values=pixel_values).logits.argmax(-1) == 0).tolist()
+
+
+@pytest.mark.parametrize("family", [family for family in [*FAMILIES, *SIMILAR] if family.clips], ids=str)
+def test_classifiers_of_clips_are_evaluated(family):
+    (clips,) = family.inputs(batch=3).values()
+    model = family.make(layers=2)
+    model = TocomModel.from_pretrained(model, plugins=make_plugins(model), source_r=0)
+    with model.plain_at(4), torch.no_grad():
+        answers = model(**{family.clips: clips}).logits.argmax(-1)
+    samples = [{"pixel_values": clip, "labels": int(answers[0])} for clip in clips]
+    (run,) = evaluate_checkpoint(model, "it", [4], samples, None)
+    assert run.plain.tolist() == (answers == answers[0]).tolist()
+    (result,) = evaluate_degrees(model, samples, [4])
+    assert result.accuracy_plain == run.plain.double().mean()

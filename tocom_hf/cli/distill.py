@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tocom_hf.cli.endings import CommandParser, run_command
-from tocom_hf.cli.loading import load_config, load_model, load_processor, make_accelerator, require_images, unmasked
-from tocom_hf.errors import DatasetError
+from tocom_hf.cli.loading import load_config, load_model, make_accelerator, unmasked
+from tocom_hf.cli.samples import SampleKind
+from tocom_hf.errors import ArgumentError, DatasetError
 
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ class ScriptArguments:
             "defaults."
         },
     )
-    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    image_column: str = field(
+        default="image", metadata={"help": "Column of the images, or of the clips: lists of images, or videos."}
+    )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Use only so many images, drawn at random (of a stream the first)."}
     )
@@ -81,7 +84,7 @@ def parse_args(argv: Sequence[str] | None) -> "tuple[ScriptArguments, Distillati
     return script, training
 
 
-def load_pretrained(script: ScriptArguments) -> Any:
+def load_pretrained(script: ScriptArguments, config: Any) -> Any:
     """The model as it was pre-trained: with its classifier if the checkpoint has one, of CLIP and its like only the
     vision tower. In full precision, whatever the checkpoint is stored in."""
     import torch
@@ -89,11 +92,10 @@ def load_pretrained(script: ScriptArguments) -> Any:
 
     from tocom_hf.merging.architectures import ARCHITECTURES
 
-    config = load_config(script.model_name_or_path, revision=script.model_revision)
-    require_images(config, script.model_name_or_path)
     tower = getattr(config, "vision_config", None)
     # DeiT's class with two heads is known to no Auto class
-    heads = [name for name in config.architectures or () if "ForImageClassification" in name]
+    endings = ("ForImageClassification", "ForVideoClassification")
+    heads = [name for name in config.architectures or () if any(ending in name for ending in endings)]
     model_class: Any = transformers.AutoModel
     if heads:
         model_class = getattr(transformers, heads[0], transformers.AutoModelForImageClassification)
@@ -109,16 +111,29 @@ def load_pretrained(script: ScriptArguments) -> Any:
     )
 
 
-def load_data(script: ScriptArguments, training: "DistillationArguments", num_channels: int) -> tuple[Any, Any]:
-    """The images to distil on, and those of the agreement grid or `None`, in the channels that the model takes."""
+def find_kind(script: ScriptArguments, training: "DistillationArguments", config: Any) -> SampleKind:
+    """Whether the model takes images or clips, before any are loaded; of clips some options are refused."""
+    kind = SampleKind.of(config, script.model_name_or_path)
+    if kind.num_frames is not None and training.randaugment_num_ops:
+        raise ArgumentError("RandAugment is for images; leave it out for clips: --randaugment_num_ops 0.")
+    if kind.num_frames is not None and script.image_size is not None:
+        raise ArgumentError(
+            "Models of clips take them at the size of their configuration only. Leave --image_size out."
+        )
+    return kind
+
+
+def load_data(script: ScriptArguments, training: "DistillationArguments", kind: SampleKind) -> tuple[Any, Any]:
+    """The images or clips to distil on, and those of the agreement grid or `None`."""
     import datasets
 
-    from tocom_hf.data.images import TrainingImages, load_images, require_different_images
+    from tocom_hf.data.clips import encoded_clips
+    from tocom_hf.data.images import require_different_images
     from tocom_hf.distillation.distill import hold_out
 
     if script.eval_split is not None:
         require_different_images(script.dataset_name, script.dataset_split, script.eval_split)
-    processor = load_processor(script.model_name_or_path, revision=script.model_revision)
+    processor = kind.load_processor(script.model_name_or_path, revision=script.model_revision)
     if script.image_size is not None:
         processor.size = {"height": script.image_size, "width": script.image_size}
         processor.crop_size = None
@@ -131,29 +146,23 @@ def load_data(script: ScriptArguments, training: "DistillationArguments", num_ch
         "image_column": script.image_column,
         "min_crop": training.min_crop,
         "flip": training.flip,
-        "num_channels": num_channels,
     }
-    loaded = load_images(
-        script.dataset_name, split=script.dataset_split, max_samples=script.max_train_samples, **common
-    )
-    images = TrainingImages(loaded, processor, **views)
+    loaded = kind.load(script.dataset_name, split=script.dataset_split, max_samples=script.max_train_samples, **common)
+    images = kind.views(loaded, processor, **views)
     if script.eval_split is not None:
-        held_out = load_images(
-            script.dataset_name, split=script.eval_split, max_samples=script.num_eval_images, **common
-        )
+        held_out = kind.load(script.dataset_name, split=script.eval_split, max_samples=script.num_eval_images, **common)
         if script.streaming:  # so few are held
-            encoded = held_out.cast_column(script.image_column, datasets.Image(decode=False))
+            encoded = encoded_clips(held_out, script.image_column)
             samples = list(encoded)
             if not samples:
                 raise DatasetError(f"There are no images in the split {script.eval_split!r} of {script.dataset_name}.")
             held_out = datasets.Dataset.from_list(samples, features=encoded.features)
-        return images, TrainingImages(held_out, processor, **views)
+        return images, kind.views(held_out, processor, **views)
     count = 0 if script.streaming else min(script.num_eval_images, len(images) // 10)
     return hold_out(images, count, training.seed) if count else (images, None)
 
 
 def distill_set(arguments: "tuple[ScriptArguments, DistillationArguments]") -> None:
-    from tocom_hf.data.colour import model_channels
     from tocom_hf.distillation.distill import distill
     from tocom_hf.plugins.agreement import AgreementGrid
     from tocom_hf.plugins.cards import AGREEMENT_FIGURE
@@ -167,9 +176,11 @@ def distill_set(arguments: "tuple[ScriptArguments, DistillationArguments]") -> N
     if script.report_to:
         accelerator.init_trackers("tocom")
     init_plugins = None if script.init_plugins is None else PluginSet.from_pretrained(script.init_plugins)
-    model = load_pretrained(script)
+    config = load_config(script.model_name_or_path, revision=script.model_revision)
+    kind = find_kind(script, training, config)
+    model = load_pretrained(script, config)
     with accelerator.main_process_first():
-        images, held_out = load_data(script, training, model_channels(model.config))
+        images, held_out = load_data(script, training, kind)
     plugins = distill(
         model,
         images,

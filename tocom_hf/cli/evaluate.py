@@ -7,7 +7,8 @@ at the target reaches. The scale is picked on the validation split, by its label
     tocom evaluate --checkpoints cub-r0 cub-r8 cub-r16 --plugins tocom-deit-base --dataset_name cub-200 \\
         --target_r 0 8 16 --output_dir results/cub-200
 
-The classes of the data set are matched with those of each checkpoint by their names.
+The classes of the data set are matched with those of each checkpoint by their names. Checkpoints of video classify
+clips: rows that are lists of images, or videos.
 
 `--dataset_name` takes a name of `tocom_hf.data.tasks.TASKS` (cifar-100, cub-200, cars, dogs, flowers,
 vtab-1k/svhn, ...), a Hub name, a folder of images or of parquet files, or a parquet file. On several devices:
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tocom_hf.cli.endings import CommandParser, positive_integer, run_command
-from tocom_hf.cli.loading import load_config, load_processor, make_accelerator
+from tocom_hf.cli.loading import load_config, make_accelerator
+from tocom_hf.cli.samples import SampleKind, one_kind
 from tocom_hf.errors import ArgumentError
 
 
@@ -56,7 +58,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset_config_name", help="Configuration of a Hub data set.")
     parser.add_argument("--validation_split", default="validation", help="Where the scale is picked.")
     parser.add_argument("--test_split", default="test", help="Where accuracy is measured.")
-    parser.add_argument("--image_column", default="image")
+    parser.add_argument(
+        "--image_column", default="image", help="Column of the images, or of the clips: lists of images, or videos."
+    )
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--target_r", type=int, nargs="+", required=True, help="Degrees to run at.")
     parser.add_argument(
@@ -67,7 +71,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--per_device_eval_batch_size", type=positive_integer, default=100)
     parser.add_argument(
-        "--dataloader_num_workers", type=int, default=0, help="Worker processes that load images, for each process."
+        "--dataloader_num_workers", type=int, default=0, help="Worker processes that load data, for each process."
     )
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: accelerate's.")
     parser.add_argument("--speed_rounds", type=int, default=5, help="Rounds of timing; 0 for none.")
@@ -75,7 +79,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_split(args: argparse.Namespace, split: str) -> "datasets.Dataset":
+def load_split(args: argparse.Namespace, kind: SampleKind, split: str) -> "datasets.Dataset":
     from tocom_hf.data.tasks import load_labelled
 
     dataset, _ = load_labelled(
@@ -84,6 +88,7 @@ def load_split(args: argparse.Namespace, split: str) -> "datasets.Dataset":
         config_name=args.dataset_config_name,
         image_column=args.image_column,
         label_column=args.label_column,
+        load=kind.load,
     )
     return dataset
 
@@ -98,14 +103,18 @@ def for_each(checkpoints: list, values: list, option: str) -> list:
     return values * len(checkpoints) if len(values) == 1 else values
 
 
-def require_classifiers(checkpoints: Sequence[str]) -> None:
-    """Look at what the checkpoints are before any data are loaded."""
+def find_kinds(checkpoints: Sequence[str]) -> list[SampleKind]:
+    """Look at what the checkpoints are, and whether they take images or clips, before any data are loaded."""
     from tocom_hf.evaluation.classifiers import require_classifier
     from tocom_hf.model.loading import model_class_of
 
+    kinds = []
     for checkpoint in checkpoints:
         config = load_config(checkpoint)
         require_classifier(config, model_class_of(config).__name__, checkpoint)
+        kinds.append(SampleKind.of(config, checkpoint))
+    one_kind(dict(zip(checkpoints, kinds, strict=True)))
+    return kinds
 
 
 def require_folder(path: Path) -> None:
@@ -137,13 +146,13 @@ def open_plugins(args: argparse.Namespace) -> "list[PluginSet | None]":
     return for_each(args.checkpoints, named or [None], "--plugins")
 
 
-def load_splits(args: argparse.Namespace) -> "dict[str, datasets.Dataset]":
-    """The test split, and with plugins the validation split, which may not share images."""
+def load_splits(args: argparse.Namespace, kind: SampleKind) -> "dict[str, datasets.Dataset]":
+    """The test split, and with plugins the validation split, which may not share samples."""
     from tocom_hf.data.tasks import require_disjoint
 
-    splits = {"test": load_split(args, args.test_split)}
+    splits = {"test": load_split(args, kind, args.test_split)}
     if args.plugins:
-        splits["validation"] = load_split(args, args.validation_split)
+        splits["validation"] = load_split(args, kind, args.validation_split)
     one_source = args.validation_split.partition("[")[0] == args.test_split.partition("[")[0]
     if args.plugins and (one_source or Path(args.dataset_name).is_file()):
         require_disjoint(splits["validation"], splits["test"])
@@ -154,12 +163,10 @@ def require_runnable(
     args: argparse.Namespace, plugins: "list[PluginSet | None]", splits: "dict[str, datasets.Dataset]"
 ) -> None:
     """Look at every checkpoint before the first of them runs, one at a time in memory."""
-    from tocom_hf.data.colour import find_num_channels, model_channels
     from tocom_hf.data.labels import match_labels
 
-    for index, checkpoint in enumerate(args.checkpoints):
+    for index in range(len(args.checkpoints)):
         model = load_checkpoint(args, plugins, index)
-        find_num_channels(load_processor(checkpoint), model_channels(model.config))
         for dataset in splits.values():
             match_labels(dataset, model.config)
         if model.plugins is None:
@@ -174,8 +181,6 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from tocom_hf.cost.flops import Example
     from tocom_hf.cost.timing import measure_costs
-    from tocom_hf.data.colour import model_channels
-    from tocom_hf.data.images import with_pixel_values
     from tocom_hf.data.labels import match_labels
     from tocom_hf.evaluation.grid import evaluate_checkpoint
     from tocom_hf.evaluation.reports import Report
@@ -189,11 +194,12 @@ def evaluate(args: argparse.Namespace) -> None:
     for scale in (*scales, *args.fixed_scales):
         require_scale(scale)
     for_each(args.checkpoints, args.source_r or [None], "--source_r")
-    require_classifiers(args.checkpoints)
+    kinds = find_kinds(args.checkpoints)
     plugins = open_plugins(args)
+    named_kinds = zip(args.checkpoints, kinds, strict=True)
+    processors = [kind.load_processor(checkpoint) for checkpoint, kind in named_kinds]
     with accelerator.main_process_first():
-        splits = load_splits(args)
-    processors = [load_processor(checkpoint) for checkpoint in args.checkpoints]
+        splits = load_splits(args, kinds[0])
     require_runnable(args, plugins, splits)
     require_folder(args.output_dir)
 
@@ -202,11 +208,8 @@ def evaluate(args: argparse.Namespace) -> None:
     for index, checkpoint in enumerate(args.checkpoints):
         model = load_checkpoint(args, plugins, index)
         processed = {
-            name: with_pixel_values(
-                match_labels(split, model.config),
-                processors[index],
-                label_column="label",
-                num_channels=model_channels(model.config),
+            name: kinds[index].process(
+                match_labels(split, model.config), processors[index], image_column="image", label_column="label"
             )
             for name, split in splits.items()
         }
@@ -235,7 +238,7 @@ def evaluate(args: argparse.Namespace) -> None:
                 f"{run.checkpoint}: r {run.source_r} -> {run.target_r}: plain {run.plain.double().mean():.2%}{picked}"
             )
     if accelerator.is_main_process:
-        report = Report(settings_of(args, splits, scales, accelerator), runs, costs)
+        report = Report(settings_of(args, kinds[0], splits, scales, accelerator), runs, costs)
         report.save(args.output_dir)
         print(report.markdown())
         print(f"Written to {args.output_dir.resolve()}")
@@ -243,17 +246,22 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def settings_of(
-    args: argparse.Namespace, splits: "dict[str, datasets.Dataset]", scales: list[float], accelerator: Any
+    args: argparse.Namespace,
+    kind: SampleKind,
+    splits: "dict[str, datasets.Dataset]",
+    scales: list[float],
+    accelerator: Any,
 ) -> dict[str, Any]:
     """What the report records about the run."""
     import torch
 
     validation = None
     if "validation" in splits:
-        validation = f"{args.validation_split}, {len(splits['validation'])} images"
+        validation = f"{args.validation_split}, {len(splits['validation'])} {kind.noun}"
     return {
         "dataset": args.dataset_name,
-        "test": f"{args.test_split}, {len(splits['test'])} images",
+        "samples": kind.noun,
+        "test": f"{args.test_split}, {len(splits['test'])} {kind.noun}",
         "validation": validation,
         "checkpoints": [Path(checkpoint).name for checkpoint in args.checkpoints],
         "plugins": ", ".join(Path(name).name for name in args.plugins) or None,

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tocom_hf.cli.endings import CommandParser, run_command
-from tocom_hf.cli.loading import add_image_options, load_config, load_model, load_samples, require_images, unmasked
+from tocom_hf.cli.loading import load_config, load_model, unmasked
+from tocom_hf.cli.samples import SampleKind, add_image_options, load_samples
 
 
 COMMAND = "tocom find-recipe"
@@ -40,11 +41,11 @@ def search(args: argparse.Namespace) -> None:
     from tocom_hf.search.find_recipe import find_recipe
 
     config = load_config(args.model_name_or_path)
-    require_images(config, args.model_name_or_path)
+    kind = SampleKind.of(config, args.model_name_or_path)
     model = load_model(AutoModel, args.model_name_or_path, dtype=torch.float32, **unmasked(config)).eval()
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    samples = load_samples(args, config)
+    samples = load_samples(args, kind)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     found = find_recipe(
         model,

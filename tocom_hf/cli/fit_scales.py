@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tocom_hf.cli.endings import CommandParser, run_command
-from tocom_hf.cli.loading import add_image_options, load_config, load_samples, require_images
+from tocom_hf.cli.loading import load_config
+from tocom_hf.cli.samples import SampleKind, add_image_options, load_samples
 
 
 COMMAND = "tocom fit-scales"
@@ -41,13 +42,13 @@ def fit(args: argparse.Namespace) -> None:
     from tocom_hf.model.tocom_model import TocomModel
     from tocom_hf.scales.fitting import fit_scales
 
-    require_images(load_config(args.model_name_or_path), args.model_name_or_path)
+    kind = SampleKind.of(load_config(args.model_name_or_path), args.model_name_or_path)
     model = TocomModel.from_pretrained(
         args.model_name_or_path, plugins=args.plugins, source_r=args.source_r, dtype=torch.float32
     )
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
-    samples = load_samples(args, model.config)
+    samples = load_samples(args, kind)
     plugins = fit_scales(
         model,
         samples,

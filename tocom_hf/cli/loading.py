@@ -1,7 +1,6 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """Loading models and processors for a command: whatever transformers makes of a wrong name becomes one clear error."""
 
-import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,44 +81,6 @@ def load_processor(name: str | Path, **arguments: Any) -> Any:
 
     with refused_input(f"The image processor of {str(name)!r} cannot be loaded"):
         return as_image_processor(AutoImageProcessor.from_pretrained(name, **arguments))
-
-
-def load_samples(args: argparse.Namespace, config: Any) -> Any:
-    """The images that a command was given, drawn at random, each decoded and processed once for many uses.
-
-    Args:
-        args: With the options of `add_image_options`, and the name of the model.
-        config: Of the model.
-
-    Returns:
-        A list of samples with `pixel_values`.
-    """
-    from tocom_hf.data.colour import model_channels
-    from tocom_hf.data.images import load_images, with_pixel_values
-
-    images = load_images(
-        args.dataset_name,
-        split=args.dataset_split,
-        config_name=args.dataset_config_name,
-        image_column=args.image_column,
-        max_samples=args.max_samples,
-    )
-    processed = with_pixel_values(
-        images,
-        load_processor(args.model_name_or_path),
-        image_column=args.image_column,
-        num_channels=model_channels(config),
-    )
-    return [processed[i] for i in range(len(processed))]
-
-
-def add_image_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a command that chooses by a few hundred images."""
-    parser.add_argument("--dataset_name", required=True, help="Hub name, folder of images, or parquet file.")
-    parser.add_argument("--dataset_config_name", help="Configuration of a Hub data set.")
-    parser.add_argument("--dataset_split", default="train", help="Split to take images from.")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--max_samples", type=int, default=200, help="Images, drawn at random.")
 
 
 def make_accelerator(**arguments: Any) -> Any:

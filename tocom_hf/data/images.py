@@ -4,7 +4,7 @@
 import copy
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,39 @@ def load_images(
 
     ```
     """
+    return load_columns(
+        name,
+        "image",
+        image_column,
+        label_column,
+        lambda feature: isinstance(feature, datasets.Image),
+        split=split,
+        config_name=config_name,
+        max_samples=max_samples,
+        streaming=streaming,
+    )
+
+
+def load_columns(
+    name: str,
+    kind: str,
+    column: str,
+    label_column: str | None,
+    is_kind: Callable[[Any], bool],
+    *,
+    split: str,
+    config_name: str | None,
+    max_samples: int | None,
+    streaming: bool,
+) -> Any:
+    """What `load_images` does, for images or for clips.
+
+    Args:
+        name, label_column, split, config_name, max_samples, streaming: As in `load_images`.
+        kind: What the samples are, for messages: image or clip.
+        column: Where they are.
+        is_kind: Whether a feature of `datasets` holds such samples.
+    """
     if _is_path(str(name)) and not Path(name).exists():
         raise DatasetError(
             f"There is no file or folder {name!r}. Give the path of a folder of images or parquet files, or of one "
@@ -77,8 +110,8 @@ def load_images(
         raise DatasetError(f"The split {split!r} of the data set {name!r} cannot be loaded: {error}") from error
     if loaded.features is None:  # a stream of a format without a schema: look at its first samples
         loaded = loaded._resolve_features()
-    for role, column in (("image", image_column), ("label", label_column)):
-        if column is not None and column not in loaded.column_names:
+    for role, wanted, option in ((kind, column, "--image_column"), ("label", label_column, "--label_column")):
+        if wanted is not None and wanted not in loaded.column_names:
             of_folders = ""
             if role == "label" and Path(name).is_dir() and loaded.column_names == ["image"]:
                 of_folders = (
@@ -86,13 +119,13 @@ def load_images(
                     "folders or more, all equally deep; or it stands in a metadata.csv."
                 )
             raise DatasetError(
-                f"The data set {name!r} has no column {column!r}; it has {', '.join(loaded.column_names)}. "
-                f"Name the {role} column with --{role}_column.{of_folders}"
+                f"The data set {name!r} has no column {wanted!r}; it has {', '.join(loaded.column_names)}. "
+                f"Name the {role} column with {option}.{of_folders}"
             )
-    if not isinstance(loaded.features[image_column], datasets.Image):
+    if not is_kind(loaded.features[column]):
         raise DatasetError(
-            f"The column {image_column!r} of {name!r} holds {loaded.features[image_column]}, not images. "
-            "Name the image column with --image_column."
+            f"The column {column!r} of {name!r} holds {loaded.features[column]}, not {kind}s. "
+            f"Name the {kind} column with --image_column."
         )
     label_feature = None if label_column is None else loaded.features[label_column]
     integers = isinstance(label_feature, datasets.Value) and label_feature.dtype.startswith(("int", "uint"))
@@ -107,7 +140,7 @@ def load_images(
         loaded = loaded.shuffle(seed=_SEED).select(range(max_samples))
     if not streaming and len(loaded) == 0:
         raise DatasetError(f"The split {split!r} of the data set {name!r} is empty.")
-    return loaded.select_columns([column for column in (image_column, label_column) if column])
+    return loaded.select_columns([column for column in (column, label_column) if column])
 
 
 def _load(name: str, split: str, config_name: str | None, streaming: bool) -> Any:
@@ -202,7 +235,7 @@ class _Process:
     num_channels: int
 
     def __call__(self, batch: dict[str, list]) -> dict[str, Any]:
-        images = [_open(image, self.image_column, self.num_channels) for image in batch[self.image_column]]
+        images = [open_image(image, self.image_column, self.num_channels) for image in batch[self.image_column]]
         sample: dict[str, Any] = {"pixel_values": list(self.processor(images, return_tensors="pt")["pixel_values"])}
         if self.label_column is not None:
             sample["labels"] = batch[self.label_column]
@@ -221,7 +254,7 @@ def read_column(dataset: datasets.Dataset, image_column: str, num_channels: int)
         DatasetError: if an image cannot be read.
     """
     encoded = dataset.cast_column(image_column, datasets.Image(decode=False))
-    return [_open(image, image_column, num_channels) for image in encoded[image_column]]
+    return [open_image(image, image_column, num_channels) for image in encoded[image_column]]
 
 
 class TrainingImages(Dataset):
@@ -261,7 +294,7 @@ class TrainingImages(Dataset):
             raise ArgumentError(f"Expected min_crop in (0, 1] and flip in [0, 1], got {min_crop!r} and {flip!r}.")
         self.num_channels = find_num_channels(processor, num_channels)
         # undecoded, so that a stream that is read up to where a run stopped does not decode what it skips
-        self.images = images.cast_column(image_column, datasets.Image(decode=False))
+        self.images = self._encoded(images, image_column)
         self.image_column, self.min_crop, self.flip = image_column, min_crop, flip
         self.size = _view_size(processor)
         normalised = getattr(processor, "do_normalize", False)
@@ -273,8 +306,8 @@ class TrainingImages(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """The whole image, resized: `pixel_values` as uint8 `(channels, height, width)`."""
-        image = self._open(self.images[index])
-        return {"pixel_values": self._resize(image, (0, 0, *image.size))}
+        frames = self._open(self.images[index])
+        return {"pixel_values": self._resize(frames, (0, 0, *frames[0].size))}
 
     def select(self, indices: Iterable[int]) -> "TrainingImages":
         """The same views of some of the images only."""
@@ -290,21 +323,29 @@ class TrainingImages(Dataset):
             generator: Decides the view.
         """
         sample = self.images[sample] if isinstance(sample, int) else sample
-        image = self._open(sample)
-        view = self._resize(image, _random_box(image.size, self.min_crop, generator))
+        frames = self._open(sample)
+        view = self._resize(frames, _random_box(frames[0].size, self.min_crop, generator))
         return view.flip(-1) if generator.random() < self.flip else view
 
-    def _resize(self, image: Image.Image, box: "_Box") -> torch.Tensor:
+    def _encoded(self, images: Any, image_column: str) -> Any:
+        return images.cast_column(image_column, datasets.Image(decode=False))
+
+    def _open(self, sample: dict[str, Any]) -> list[Image.Image]:
+        """What a sample shows: one image."""
+        return [open_image(sample[self.image_column], self.image_column, self.num_channels)]
+
+    def _resize(self, frames: list[Image.Image], box: "_Box") -> torch.Tensor:
+        """A part of what a sample shows, uint8."""
+        return self._resize_image(frames[0], box)
+
+    def _resize_image(self, image: Image.Image, box: "_Box") -> torch.Tensor:
         height, width = self.size
         resized = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
         pixels = torch.from_numpy(np.array(resized)).view(height, width, self.num_channels)
         return pixels.permute(2, 0, 1).contiguous()
 
-    def _open(self, sample: dict[str, Any]) -> Image.Image:
-        return _open(sample[self.image_column], self.image_column, self.num_channels)
 
-
-def _open(encoded: dict[str, Any] | None, column: str, num_channels: int) -> Image.Image:
+def open_image(encoded: dict[str, Any] | None, column: str, num_channels: int) -> Image.Image:
     """Decode a sample of an `Image(decode=False)` column."""
     path: Any
     content: Any

@@ -4,12 +4,15 @@
 import contextlib
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow.parquet
 
+from tocom_hf.data.clips import encoded_clips
 from tocom_hf.data.images import load_images
 from tocom_hf.data.labels import require_labels
 from tocom_hf.errors import DatasetError
@@ -81,6 +84,7 @@ def load_labelled(
     config_name: str | None = None,
     image_column: str = "image",
     label_column: str = "label",
+    load: Callable[..., Any] = load_images,
 ) -> tuple[datasets.Dataset, int]:
     """Load one split of a task of `TASKS`, or of any data set that `load_images` takes.
 
@@ -91,6 +95,7 @@ def load_labelled(
         name: A key of `TASKS`, a Hub name, a folder or a parquet file.
         split: `train`, `validation`, `train+validation` or `test` for a key of `TASKS`, else any split that there is.
         config_name, image_column, label_column: As in `load_images`, for data sets that are not in `TASKS`.
+        load: What loads them: `load_images`, or `load_clips` for clips.
 
     Returns:
         The data set with the columns `image` and `label`, and the number of classes.
@@ -102,9 +107,7 @@ def load_labelled(
     task = TASKS.get(name)
     if task is None:
         _require_one_order(Path(name), label_column)
-        found = load_images(
-            name, config_name=config_name, split=split, image_column=image_column, label_column=label_column
-        )
+        found = load(name, config_name=config_name, split=split, image_column=image_column, label_column=label_column)
         found = _rename(found, image_column, label_column)
         labels = require_labels(found, source=f"the split {split!r} of {name!r}")
         feature = found.features["label"]
@@ -112,7 +115,7 @@ def load_labelled(
     if split not in _SPLITS:
         raise DatasetError(f"{name!r} has the splits {', '.join(_SPLITS)}; got {split!r}.")
     drawn = task.validation is None and split != "test"
-    found = load_images(
+    found = load(
         task.hub_name,
         split="train" if drawn else split.replace("validation", str(task.validation)),
         image_column=task.image_column,
@@ -169,6 +172,15 @@ def require_disjoint(validation: datasets.Dataset, test: datasets.Dataset) -> No
 
 
 def _images(dataset: datasets.Dataset) -> set:
-    encoded = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
-    images = (sample["image"] for sample in encoded)
-    return {hashlib.sha256(image["bytes"]).digest() if image["bytes"] else image["path"] for image in images if image}
+    encoded = encoded_clips(dataset.select_columns(["image"]), "image")
+    samples = (sample["image"] for sample in encoded)
+    return {_content_of(sample) for sample in samples if sample}
+
+
+def _content_of(sample: Any) -> Any:
+    """What tells an image, a video or a list of images from others."""
+    if isinstance(sample, list):
+        return tuple(_content_of(frame) for frame in sample)
+    if sample is None:
+        return None
+    return hashlib.sha256(sample["bytes"]).digest() if sample["bytes"] else sample["path"]

@@ -60,8 +60,8 @@ def distill(
     Args:
         model: The pre-trained model, with or without its head. Its weights are not changed; it is patched during
             training and restored afterwards.
-        dataset: Unlabelled images: `TrainingImages`, or any data set of samples with finished `pixel_values`, float
-            `(channels, height, width)`.
+        dataset: Unlabelled images or clips: `TrainingImages`, `TrainingClips`, or any data set of samples with finished
+            `pixel_values`, float `(channels, height, width)`, of clips with the frames in front.
         args: How to train.
         accelerator: Where to train; by default a new one. Trackers that it has are logged to.
         eval_dataset: Images for the agreement grid that is recorded at the end: like `dataset`, and not part of it.

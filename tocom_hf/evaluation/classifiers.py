@@ -1,5 +1,5 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""Which models have an accuracy: those that choose one class out of several for an image."""
+"""Which models have an accuracy: those that choose one class out of several for an image or a clip."""
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -12,7 +12,7 @@ _YOURSELF = "Measure it with a metric of its own: with model.at(r): model(pixel_
 
 
 def require_classifier(config: PreTrainedConfig, class_name: str, name: str) -> None:
-    """Refuse a model whose outputs are not the classes of an image, one of which is right.
+    """Refuse a model whose outputs are not the classes of an image or a clip, one of which is right.
 
     Args:
         config: Of the model.
@@ -20,13 +20,10 @@ def require_classifier(config: PreTrainedConfig, class_name: str, name: str) -> 
         name: What to call it in a message.
 
     Raises:
-        UnsupportedModelError: if it has no head for images, or one for regression or for several labels an image.
+        UnsupportedModelError: if it has no head for images or clips, or one for regression or for several labels an
+            image.
     """
-    if "ForVideoClassification" in class_name:
-        raise UnsupportedModelError(
-            f"{name} is a {class_name}, which classifies clips, and accuracy is measured on images only. {_YOURSELF}"
-        )
-    if "ForImageClassification" not in class_name:
+    if "ForImageClassification" not in class_name and "ForVideoClassification" not in class_name:
         raise UnsupportedModelError(
             f"{name} is a {class_name}, which classifies no images. Fine-tune it first, for example with "
             "`tocom finetune`, and evaluate the result."

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
 
 from tocom_hf.cost.flops import Example
 from tocom_hf.cost.timing import DegreeCost, measure_costs
@@ -13,6 +14,7 @@ from tocom_hf.devices import evaluation_mode
 from tocom_hf.errors import DatasetError
 from tocom_hf.evaluation.classifiers import require_classifier_model
 from tocom_hf.merging.backbones import find_backbone
+from tocom_hf.merging.inputs import main_input_name
 from tocom_hf.model.tocom_model import TocomModel
 
 
@@ -66,7 +68,7 @@ class DegreeResult:
 
 
 @torch.no_grad()
-def accuracy(model: torch.nn.Module, loader: DataLoader) -> float:
+def accuracy(model: PreTrainedModel, loader: DataLoader) -> float:
     """Share of images whose largest logit is the label's.
 
     Args:
@@ -74,9 +76,10 @@ def accuracy(model: torch.nn.Module, loader: DataLoader) -> float:
         loader: Batches with `pixel_values` and `labels`.
     """
     hits = total = 0
+    name = main_input_name(model)
     device = next(model.parameters()).device
     for batch in loader:
-        logits = model(pixel_values=batch["pixel_values"].to(device)).logits
+        logits = model(**{name: batch["pixel_values"].to(device)}).logits
         hits += (logits.argmax(-1).cpu() == batch["labels"]).sum().item()
         total += len(batch["labels"])
     return hits / total

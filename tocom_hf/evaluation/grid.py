@@ -21,6 +21,7 @@ from tocom_hf.devices import evaluation_mode
 from tocom_hf.distillation.objectives import OBJECTIVES
 from tocom_hf.errors import ArgumentError, DatasetError
 from tocom_hf.evaluation.classifiers import require_classifier_model
+from tocom_hf.merging.inputs import main_input_name
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.scales.choice import PAPER_SCALES, WIDE_SCALES
 
@@ -268,9 +269,10 @@ def estimate(values: torch.Tensor) -> tuple[float, float]:
 def _predict(model: TocomModel, loader: DataLoader, accelerator: Accelerator) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities, float32 `(images, classes)`, and labels, `(images,)`, in the order of the images."""
     outcomes = []
+    name = main_input_name(model)
     for batch in loader:
         with accelerator.autocast():
-            logits = model(pixel_values=batch["pixel_values"]).logits
+            logits = model(**{name: batch["pixel_values"]}).logits
         outcome = accelerator.gather_for_metrics((F.log_softmax(logits.float(), dim=-1), batch["labels"]))
         outcomes.append([part.cpu() for part in outcome])
     predictions, labels = (torch.cat(parts) for parts in zip(*outcomes, strict=True))

@@ -24,7 +24,8 @@ class Report:
     """What `examples/evaluate.py` writes.
 
     Attributes:
-        settings: Data set, checkpoints, precision, device, date: whatever tells where the figures come from.
+        settings: Data set, checkpoints, precision, device, date: whatever tells where the figures come from. `samples`
+            is images, which is the default, or clips.
         runs: One for each checkpoint and target degree, all of one task. Reports of several seeds are joined by joining
             their runs.
         costs: One for each target degree.
@@ -33,6 +34,11 @@ class Report:
     settings: dict[str, Any]
     runs: list[CellRun]
     costs: list[DegreeCost]
+
+    @property
+    def samples(self) -> str:
+        """What the accuracy is measured on."""
+        return self.settings.get("samples", "images")
 
     @property
     def cells(self) -> list[Cell]:
@@ -134,7 +140,7 @@ class Report:
         found_costs = [costs.get(target) for target in targets]
         line("", "GFLOPs", [f"{cost.gflops:.2f}" if cost else "" for cost in found_costs])
         if any(cost.timed for cost in self.costs):
-            line("", "images/s (speed-up)", [_speed_text(cost) for cost in found_costs])
+            line("", f"{self.samples}/s (speed-up)", [_speed_text(cost) for cost in found_costs])
         return "\n".join(lines)
 
 
@@ -242,7 +248,7 @@ def plot_tradeoff(report: Report, path: str | Path) -> None:
         if len(own) > 1:
             points = [(cell.plain, cell.plain_se) for cell in own]
             _errorbar(axis, [price(cell.target_r) for cell in own], points, "^:", "k", "trained at target")
-        axis.set(title=f"source r = {source}", xlabel="images/s" if timed else "GFLOPs")
+        axis.set(title=f"source r = {source}", xlabel=f"{report.samples}/s" if timed else "GFLOPs")
         if not timed:
             axis.invert_xaxis()
     axes[0].set_ylabel("accuracy (%)")

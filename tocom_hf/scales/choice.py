@@ -38,7 +38,8 @@ def pick_scale(
 
     Args:
         model: A model with plugins. It is left as it was; run at the answer with `model.set_target_r(target_r, scale)`.
-        images: Samples with finished `pixel_values`, float `(channels, height, width)`; labels are not looked at.
+        images: Samples with finished `pixel_values`, float `(channels, height, width)`, of clips with the frames in
+            front; labels are not looked at.
         target_r: The degree to run at.
         scales: The scales to choose from, in any order.
         batch_size: Images per forward pass.

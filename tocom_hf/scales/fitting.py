@@ -44,8 +44,8 @@ def fit_scales(
     Args:
         model: A model with plugins, in full precision for best results. It is left as it was, but must not run
             elsewhere meanwhile.
-        images: Samples with finished `pixel_values`, float `(channels, height, width)`, of the task that the checkpoint
-            serves; labels are not looked at.
+        images: Samples with finished `pixel_values`, float `(channels, height, width)`, of clips with the frames in
+            front, of the task that the checkpoint serves; labels are not looked at.
         target_r: The degree or degrees that the checkpoint will run at; by default all that the set covers. Plugins
             that no chain to them has keep their scale.
         max_steps: How many steps to train, each on one batch and one degree; the degrees take turns.

@@ -107,7 +107,8 @@ def find_recipe(
 
     Args:
         model: A supported model that does not merge. It is left as it was.
-        images: Samples with finished `pixel_values`, float `(channels, height, width)`. One or two hundred suffice.
+        images: Samples with finished `pixel_values`, float `(channels, height, width)`, of clips with the frames in
+            front. One or two hundred suffice.
         degrees: The degrees to search for; 0 is left out.
         match_by: What to try, of `MergeRecipe.match_by`.
         size_penalties: What to try, of `MergeRecipe.size_penalty`.
@@ -180,7 +181,9 @@ class _Judge:
             batch["pixel_values"].to(parameter.device, parameter.dtype)
             for batch in DataLoader(images, batch_size=batch_size)
         ]
-        self.example = Example.of(backbone, tuple(self.batches[0].shape[2:]), 1)
+        # others than images are only taken at the size that the configuration names
+        takes_any_size = backbone.architecture.inputs == "images"
+        self.example = Example.of(backbone, tuple(self.batches[0].shape[2:]) if takes_any_size else None, 1)
         with merging_at(backbone, 0):
             self.references = [self.objective.outputs(backbone, batch) for batch in self.batches]
 
