@@ -31,7 +31,8 @@ COLUMNS = {
     "rounds": "rounds",
 }  # fmt: skip
 NOTES = [
-    "*r* is the smallest that leaves at most the share of the dense model's operations; every layer merges so many. "
+    "*r* is the smallest that leaves at most the share of the dense model's operations, or the most that all layers "
+    "can merge, where a head takes much of them; every layer merges so many. "
     "Speed-ups are medians of the ratios of each round, eager, float32, restored where the family's heads read "
     "patches. Batch 8 is left out where one image takes more than 0.7 s.",
     "What stands behind the tower of a language model sees as many tokens as before, and is not counted here.",
@@ -119,6 +120,7 @@ def main() -> None:
         for name in args.models:
             if not results.has(model=name, share=f"{share:.0%}"):
                 results.add([measure(name, share, args.rounds)])
+    results.add([])  # the table is written anew, whatever was there
 
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ def _turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, protected: 
 def check(model: DINOv3ViTModel, pixels: torch.Tensor, r: int) -> None:
     """Compare the package with the variant that it has, in float64, where rounding decides nothing."""
     model, pixels = copy.deepcopy(model).double(), pixels.double()
-    own = merged(model, pixels, r, "cos_sin", after_rotation=False)
+    own = merged(model, pixels, r, "cos_sin", after_rotation=True)
     package = apply_tome(model, r)(pixels).last_hidden_state
     difference = (own - package).abs().max().item()
     if difference > 1e-5:
@@ -305,7 +305,7 @@ def main() -> None:
             "restored; top-1 of the heads of the class token and of the patches.",
             "Every cell: mean, and behind it the difference to the first row of this r with its standard error, over "
             "the same images, in units of the last digit.",
-            "The package has the mean of cos and sin, and matches before rotation.",
+            "The package has the mean of cos and sin, and matches by keys after rotation.",
         ],
         versions("torch", "transformers"),
         resume=True,

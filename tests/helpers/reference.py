@@ -154,10 +154,10 @@ def hidden_states(
                 query, key = attention.q_norm(query), attention.k_norm(key)
             query, key, value = (part.view(len(tokens), -1, dim) for part in (query, key, value))
             sizes = [len(group) for group in groups]
-            metric = metric_of(match_by, normed, key, value)
-            edges = match(metric, min(r, (len(tokens) - protected) // 2), protected, sizes, penalty)
             if turn is not None:
                 query, key = turn(query, groups), turn(key, groups)
+            metric = metric_of(match_by, normed, key, value)
+            edges = match(metric, min(r, (len(tokens) - protected) // 2), protected, sizes, penalty)
             mixed = []
             for head in range(key.shape[1]):
                 logits = query[:, head] @ key[:, head].T / math.sqrt(dim)

@@ -23,6 +23,7 @@ from tocom_hf import (
     with_pixel_values,
 )
 from tocom_hf.plugins.composition import Factors
+from tocom_hf.scales import fitting
 
 
 @pytest.fixture
@@ -131,6 +132,20 @@ def test_the_model_is_left_as_it_was(tocom, images):
     assert all(parameter.grad is None for parameter in tocom.parameters())
     for name, weight in tocom.state_dict().items():
         assert torch.equal(weight, before[name]), name
+
+
+def test_the_teacher_sees_every_image_once(tocom, images, monkeypatch):
+    seen = []
+    forward = fitting._Student.forward
+
+    def count(self, pixel_values):
+        if not torch.is_grad_enabled():
+            seen.append(len(pixel_values))
+        return forward(self, pixel_values)
+
+    monkeypatch.setattr(fitting._Student, "forward", count)
+    fit_scales(tocom, images, max_steps=7, batch_size=2)
+    assert sum(seen) == len(images)
 
 
 def test_labels_play_no_part_and_the_seed_decides(tocom, images):

@@ -203,7 +203,6 @@ class MergingAttention(Merging):
         names = self.tome_architecture
         settings = call.tome.settings
         query, key, value = self._project(hidden_states, call.queries)
-        unrotated = key
         if names.positions is not None:
             query, key = names.positions.rotate(self, query, key, call.coordinates, kwargs)
         output, weights = attend(
@@ -221,7 +220,7 @@ class MergingAttention(Merging):
         output = output.reshape(*output.shape[:2], -1)
         if names.output is not None:
             output = getattr(self, names.output)(output)
-        plan = None if call.rows is None else self._plan(call, hidden_states, unrotated, value)
+        plan = None if call.rows is None else self._plan(call, hidden_states, key, value)
         return output, weights, plan
 
     def _plan(

@@ -3,7 +3,8 @@
 
 A merged token has the size-weighted mean of what tells its members' places, as its features are their size-weighted
 mean: of cosine and sine where layers are handed these, of coordinates where attention computes angles from them. The
-first is what keeps features nearest to those without merging (benchmarks/rotary.md).
+first is what keeps features nearest to those without merging, and so does matching by keys that are rotated already
+(benchmarks/rotary.md).
 """
 
 from dataclasses import dataclass

@@ -162,7 +162,7 @@ def matching_metric(match_by: str, hidden_states: torch.Tensor, key: torch.Tenso
     Args:
         match_by: One of `MATCH_BY`.
         hidden_states: The normalised input of attention, `(batch, tokens, hidden)`.
-        key, value: `(batch, tokens, heads, head_dim)`, before any rotation by position.
+        key, value: `(batch, tokens, heads, head_dim)`, the keys rotated where attention rotates them by position.
     """
     if match_by == "key_mean":
         return key.detach().mean(dim=2)  # (batch, tokens, head_dim)

@@ -45,7 +45,8 @@ def fit_scales(
         model: A model with plugins, in full precision for best results. It is left as it was, but must not run
             elsewhere meanwhile.
         images: Samples with finished `pixel_values`, float `(channels, height, width)`, of clips with the frames in
-            front, of the task that the checkpoint serves; labels are not looked at.
+            front, of the task that the checkpoint serves; labels are not looked at. A sample must be the same whenever
+            it is asked for: what the teacher makes of it is computed once.
         target_r: The degree or degrees that the checkpoint will run at; by default all that the set covers. Plugins
             that no chain to them has keep their scale.
         max_steps: How many steps to train, each on one batch and one degree; the degrees take turns.
@@ -102,10 +103,11 @@ def fit_scales(
     size = min(batch_size, len(images))  # type: ignore[arg-type]
     sampler = RandomSampler(images, num_samples=max_steps * size, generator=generator)  # type: ignore[arg-type]
     # given a generator, it leaves torch's own alone
-    loader = DataLoader(images, batch_size=size, sampler=sampler, generator=generator)
+    loader = DataLoader(_Numbered(images), batch_size=size, sampler=sampler, generator=generator)
     with evaluation_mode(model), model.at(source_r), torch.enable_grad():
         facts = BackboneFacts.of(backbone)
         student = _Student(model, backbone, objective, adapters, plugins.config.min_r, scale)
+        teacher = _Teacher(student)
         optimizer = torch.optim.Adam([student.factors], lr=learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_steps)
         order: list[int] = []
@@ -113,7 +115,8 @@ def fit_scales(
             if not order:
                 drawn = torch.randperm(len(targets), generator=generator).tolist()
                 order = [targets[position] for position in drawn]
-            loss = student.loss(batch["pixel_values"].to(device), order.pop())
+            pixel_values = batch["pixel_values"].to(device)
+            loss = student.loss(pixel_values, teacher.outputs(batch["index"], pixel_values), order.pop())
             if not math.isfinite(loss.item()):
                 raise DistillationError(
                     f"The divergence of step {step} is {loss.item()}. Look for images that are not finite, or lower "
@@ -197,13 +200,11 @@ class _Student(nn.Module):
         # a row for each layer, a column for each plugin
         self.factors = torch.ones(len(self.stacked), len(adapters), device=weight.device, requires_grad=True)
 
-    def forward(self, pixel_values: torch.Tensor) -> Any:
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.objective.outputs(self.backbone, pixel_values)
 
-    def loss(self, pixel_values: torch.Tensor, target_r: int) -> torch.Tensor:
+    def loss(self, pixel_values: torch.Tensor, teacher: torch.Tensor, target_r: int) -> torch.Tensor:
         """How far the student at `target_r` is from the model at its source degree (ToCom, eq. 6)."""
-        with torch.no_grad():
-            teacher = self(pixel_values)
         with merging_at(self.backbone, target_r):
             student = functional_call(self, self._composed(target_r), (pixel_values,))
         return self.objective.loss(teacher, student)
@@ -229,3 +230,45 @@ class _Student(nn.Module):
             change = (lora_B[:, columns] * factors) @ lora_A[columns]
             weights[name] = torch.add(weight, change, alpha=sign * self.scale).to(weight.dtype)
         return weights
+
+
+class _Numbered(Dataset):
+    """The images of a data set with their numbers, and nothing else of its samples."""
+
+    def __init__(self, images: Dataset):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"index": index, "pixel_values": self.images[index]["pixel_values"]}
+
+
+class _Teacher:
+    """What the model puts out at its source degree: computed when an image is first drawn, and kept.
+
+    The weights at that degree do not change, and every image is drawn again and again.
+
+    Args:
+        student: The model without its factors.
+    """
+
+    def __init__(self, student: _Student):
+        self.student = student
+        self.known: dict[int, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def outputs(self, indices: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The outputs for a batch.
+
+        Args:
+            indices: The numbers of the images, int64 `(batch,)`.
+            pixel_values: The images, `(batch, channels, height, width)`.
+        """
+        numbers = indices.tolist()
+        # one row for each: a batch that ends one pass and begins the next may hold an image twice
+        new = {number: row for row, number in enumerate(numbers) if number not in self.known}
+        if new:
+            self.known.update(zip(new, self.student(pixel_values[[*new.values()]]), strict=True))
+        return torch.stack([self.known[number] for number in numbers])
