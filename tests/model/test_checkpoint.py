@@ -82,7 +82,8 @@ def test_a_pooler_may_be_missing(model, tmp_path):
         ({}, PluginFileError, "names no model type"),
     ],
 )
-def test_a_checkpoint_of_something_else_is_refused_by_its_reason(content, error, reason, tmp_path):
+def test_a_checkpoint_of_something_else_is_refused_by_its_reason(content, error, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr("tocom_hf.model.checkpoint.is_timm_available", lambda: False)
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(error, match=reason):
         TocomModel.from_pretrained(tmp_path, source_r=0)

@@ -162,6 +162,11 @@ def reason_for_foreign(content: dict[str, Any]) -> str | None:
         content: Its config.json.
     """
     if is_of_timm(content):
+        if "pretrained_cfg" not in content and "model_type" not in content:
+            return (
+                "It is a checkpoint of an early version of timm, which transformers does not load. Of its DeiT and ViT "
+                "`tocom convert --weights` makes checkpoints of transformers."
+            )
         if is_timm_available():
             return None
         return (
@@ -178,7 +183,9 @@ def reason_for_foreign(content: dict[str, Any]) -> str | None:
 
 def is_of_timm(content: dict[str, Any]) -> bool:
     """Whether a config.json is that of a model of timm, as timm writes it or in the wrapper of transformers."""
-    return "pretrained_cfg" in content or content.get("model_type") == "timm_wrapper"
+    if "model_type" in content:
+        return content["model_type"] == "timm_wrapper"
+    return "pretrained_cfg" in content or "architecture" in content
 
 
 def _asks_for_kernels(content: Any) -> bool:
