@@ -216,7 +216,7 @@ def test_bad_requests_are_refused_and_do_no_harm(loaded, body, content_type, sta
 
 
 def test_too_many_pixels(loaded, monkeypatch):
-    from tocom_hf.serving import service as module
+    from tocom_hf.serving import requests as module
 
     monkeypatch.setattr(module, "MAX_PIXELS", 100)
     with Service(loaded, objective=100.0) as service:
@@ -225,7 +225,7 @@ def test_too_many_pixels(loaded, monkeypatch):
 
 def test_too_many_images_are_counted_before_they_are_decoded(loaded, monkeypatch):
     """A body of a few megabytes can hold images of many gigabytes."""
-    from tocom_hf.serving import service as module
+    from tocom_hf.serving import requests as module
 
     monkeypatch.setattr(module, "decode", lambda data: pytest.fail("decoded"))
     with Service(loaded, objective=100.0) as service:
@@ -241,7 +241,7 @@ def test_formats_that_pillow_hands_to_other_programs_are_not_opened(loaded):
 
 
 def test_photographs_stand_as_their_camera_was_held(loaded):
-    from tocom_hf.serving.service import decode
+    from tocom_hf.serving.requests import decode
 
     image, exif = Image.new("RGB", (40, 20)), Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees to show
