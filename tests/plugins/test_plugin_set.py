@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from tocom_hf import (
+    ArgumentError,
     BackboneMismatchError,
     HubError,
     PluginFileError,
@@ -53,6 +54,45 @@ def test_save_and_load_is_the_identity(plugins, folder):
             for one, other in zip(factors, loaded.adapter(i)[path], strict=True):
                 assert torch.equal(one, other)
     assert sorted(os.listdir(folder)) == [*(f"P_{i}_{i + 1}" for i in range(6)), "tocom_config.json"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_set_is_stored_in_half_the_size_and_stays_so(plugins, folder, tmp_path, dtype):
+    def size(path):
+        return sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+
+    plugins.save_pretrained(tmp_path / "half", dtype=dtype)
+    assert plugins.config.dtype == "float32"  # the set in memory is what it was
+    assert size(tmp_path / "half") < 0.75 * size(folder)  # headers do not shrink
+    loaded = PluginSet.from_pretrained(tmp_path / "half")
+    loaded.save_pretrained(tmp_path / "again")
+    assert size(tmp_path / "again") == size(tmp_path / "half")
+    for path, factors in plugins.adapter(3).items():
+        for one, other in zip(factors, loaded.adapter(3)[path], strict=True):
+            assert other.dtype == torch.float32
+            assert torch.equal(one.to(getattr(torch, dtype)).float(), other)
+
+
+def test_stock_peft_reads_a_set_in_half_precision(plugins, backbone_folder, tmp_path, pixel_values):
+    plugins.save_pretrained(tmp_path / "half", dtype="float16")
+    backbone = AutoModel.from_pretrained(backbone_folder, add_pooling_layer=False)
+    stock = PeftModel.from_pretrained(backbone, tmp_path / "half", subfolder="P_2_3")
+    composite = PluginSet.from_pretrained(tmp_path / "half").compose(2, 3)
+    ours = AutoModel.from_pretrained(backbone_folder, add_pooling_layer=False)
+    with torch.no_grad():
+        for path, layer in find_backbone(ours).projections().items():
+            layer.weight.copy_(composite.apply(path, layer.weight))
+        found, expected = stock(pixel_values).last_hidden_state, ours(pixel_values).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_factors_that_half_precision_cannot_hold_are_refused(plugins, tmp_path):
+    next(iter(plugins.adapter(4).values())).lora_A[0, 0] = 1e5
+    with pytest.raises(ArgumentError, match=r"not finite in float16. Store the set in float32"):
+        plugins.save_pretrained(tmp_path / "half", dtype="float16")
+    with pytest.raises(ArgumentError, match=r"dtype must be one of float32, float16, bfloat16, got 'int8'"):
+        plugins.save_pretrained(tmp_path / "half", dtype="int8")
+    assert not (tmp_path / "half").exists()
 
 
 def test_modules_are_written_in_the_same_order_by_every_process(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tocom_hf.errors import PluginFileError
+from tocom_hf.errors import ArgumentError, PluginFileError
 from tocom_hf.merging.architectures import Architecture
 from tocom_hf.plugins.composition import Adapter, Factors
 from tocom_hf.plugins.config import CONFIG_NAME, PluginSetConfig
@@ -64,10 +64,27 @@ def read_adapter(repository: Repository, name: str, config: PluginSetConfig) -> 
     return adapter
 
 
-def write_adapter(folder: Path, adapter: Adapter, scale: float, base_model: str | None) -> None:
-    """Write factors as a PEFT LoRA adapter that multiplies their product by `scale`."""
+def write_adapter(
+    folder: Path, adapter: Adapter, scale: float, base_model: str | None, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write factors, in a floating dtype, as a PEFT LoRA adapter that multiplies their product by `scale`.
+
+    Raises:
+        ArgumentError: if a factor is too large for the dtype. Nothing is written then.
+    """
     from peft import LoraConfig  # takes a quarter of a second to import, and reading does not need it
 
+    tensors = {
+        _key(path, name): factor.to(dtype).contiguous()
+        for path, factors in adapter.items()
+        for name, factor in (("A", factors.lora_A), ("B", factors.lora_B))
+    }
+    too_large = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if too_large:
+        raise ArgumentError(
+            f"{too_large[0]} has values that are not finite in {str(dtype).removeprefix('torch.')}. Store the set in "
+            "float32, and if that fails too, distil it again with a lower learning rate."
+        )
     rank = next(iter(adapter.values())).lora_A.shape[0]
     lora = LoraConfig(
         r=rank,
@@ -82,11 +99,6 @@ def write_adapter(folder: Path, adapter: Adapter, scale: float, base_model: str 
     # PEFT makes it a set, which is written in another order by every process
     lora.target_modules = _target_modules(adapter)
     lora.save_pretrained(str(folder))
-    tensors = {
-        _key(path, name): factor.contiguous()
-        for path, factors in adapter.items()
-        for name, factor in (("A", factors.lora_A), ("B", factors.lora_B))
-    }
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 

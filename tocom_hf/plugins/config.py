@@ -20,6 +20,7 @@ from tocom_hf.version import __version__
 
 CONFIG_NAME = "tocom_config.json"
 FORMAT_VERSION = 1
+DTYPES = ("float32", "float16", "bfloat16")
 _LIMIT = 65_536  # of degrees, layers and sizes; far above any model's, and small enough to loop over
 _MAX_MODULES = 16  # linear layers of a transformer layer; no family has more than 7
 _SKETCH_SIZE = 16  # samples per layer
@@ -100,6 +101,7 @@ class PluginSetConfig:
             `dataset`, `source_r`, `target_r`, the accuracies `plain` and `tocom` in [0, 1], and their `standard_error`;
             where known also `dataset_id` (on the Hub), `split`, `scale`, `checkpoint`.
         license: Identifier of the set's licence on the Hub, such as `apache-2.0`.
+        dtype: What the factors are stored in: `float32`, `float16` or `bfloat16`. They are computed with in float32.
         extra: Keys of a file that this version does not know. They survive a round trip.
     """
 
@@ -117,6 +119,7 @@ class PluginSetConfig:
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     license: str | None = None
+    dtype: str = "float32"
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -177,6 +180,8 @@ class PluginSetConfig:
         header = {"format_version": FORMAT_VERSION, "tocom_hf_version": __version__}
         if self.target_modules is None:
             del content["target_modules"]
+        if self.dtype == "float32":
+            del content["dtype"]
         text = json.dumps({**header, **extra, **content}, indent=2) + "\n"
         path.write_text(text, encoding="utf-8")
 
@@ -203,6 +208,8 @@ class PluginSetConfig:
         for name, (low, high) in _RANGES.items():
             if not low <= numbers[name] <= high:
                 raise PluginFileError(f"{path}: {name} must be from {low} to {high}, found {numbers[name]!r:.50}.")
+        if values["dtype"] not in DTYPES:
+            raise PluginFileError(f"{path}: dtype must be one of {', '.join(DTYPES)}, found {values['dtype']!r:.50}.")
         if values["min_r"] >= values["max_r"]:
             raise PluginFileError(f"{path}: expected min_r < max_r, found {values['min_r']} and {values['max_r']}.")
         if values["source_r"] is not None and not values["min_r"] <= values["source_r"] <= values["max_r"]:
@@ -233,9 +240,12 @@ _CONFIG_TYPES = {
     "base_model": _OPTIONAL_TEXT, "base_model_revision": _OPTIONAL_TEXT, "min_r": int, "max_r": int,
     "source_r": (int, type(None)), "rank": int, "target_modules": (dict, type(None)), "trained_scale": _NUMBER,
     "recommended_scale": _NUMBER, "merging": dict, "training": dict, "evaluation": list, "license": _OPTIONAL_TEXT,
+    "dtype": str,
 }  # fmt: skip
 # keys that older files lack
-_OPTIONAL: dict[str, Any] = {"source_r": None, "target_modules": None, "evaluation": [], "license": None}
+_OPTIONAL: dict[str, Any] = {
+    "source_r": None, "target_modules": None, "evaluation": [], "license": None, "dtype": "float32",
+}  # fmt: skip
 _RANGES = {
     "hidden_size": (1, _LIMIT), "num_hidden_layers": (1, _LIMIT), "num_attention_heads": (1, _LIMIT),
     "min_r": (0, _LIMIT), "max_r": (1, _LIMIT), "rank": (1, _LIMIT), "trained_scale": (-1e6, 1e6),

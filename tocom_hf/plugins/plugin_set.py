@@ -6,9 +6,12 @@ Every plugin is an ordinary PEFT LoRA adapter in a folder of its own, relative t
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from tocom_hf.errors import DegreeError, PluginFileError
+import torch
+
+from tocom_hf.errors import ArgumentError, DegreeError, PluginFileError
 from tocom_hf.merging.backbones import Backbone
 from tocom_hf.plugins.adapters import read_adapter, write_adapter
 from tocom_hf.plugins.cards import AGREEMENT_FIGURE, CARD_NAME, plugin_set_card
@@ -20,7 +23,7 @@ from tocom_hf.plugins.composition import (
     require_scale,
     sum_chain,
 )
-from tocom_hf.plugins.config import CONFIG_NAME, PluginSetConfig
+from tocom_hf.plugins.config import CONFIG_NAME, DTYPES, PluginSetConfig
 from tocom_hf.storage.repository import Repository
 from tocom_hf.storage.transaction import retry_while_saved, scratch_folder, write_folder
 from tocom_hf.storage.upload import upload_folder
@@ -173,12 +176,23 @@ class PluginSet:
         """Raise `BackboneMismatchError` unless a model's backbone is, or was fine-tuned from, the set's own."""
         self.config.check(backbone)
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, dtype: str | None = None) -> None:
         """Write the set to a folder, all or nothing: the files are written beside and then moved into place.
 
         Args:
             save_directory: The folder; made if missing. Plugins of a longer set in it go, other files stay.
+            dtype: What to store the factors in: `float32`, `float16` or `bfloat16`, which halve the size; by default
+                what the configuration says. A set that is loaded from the folder and saved again keeps it.
+
+        Raises:
+            ArgumentError: if the dtype is none of these, or a factor is too large for it.
         """
+        if dtype is not None:
+            config = replace(self.config, dtype=dtype)
+            PluginSet(config, self._adapters, self._repository).save_pretrained(save_directory)
+            return
+        if self.config.dtype not in DTYPES:
+            raise ArgumentError(f"dtype must be one of {', '.join(DTYPES)}, got {self.config.dtype!r:.50}.")
         for index in range(self.config.min_r, self.config.max_r):
             self.adapter(index)  # what cannot be read is noticed before a folder is made
         with write_folder(save_directory, replaces=[PLUGIN_FILES]) as folder:
@@ -188,7 +202,13 @@ class PluginSet:
         """Write the files of the set to an empty folder."""
         config = self.config
         for index in range(config.min_r, config.max_r):
-            write_adapter(folder / plugin_name(index), self.adapter(index), config.trained_scale, config.base_model)
+            write_adapter(
+                folder / plugin_name(index),
+                self.adapter(index),
+                config.trained_scale,
+                config.base_model,
+                getattr(torch, config.dtype),
+            )
         config.to_json_file(folder / CONFIG_NAME)
 
     def push_to_hub(
