@@ -51,6 +51,17 @@ def test_slices_and_limits(parquet):
     assert len(load_images(parquet, max_samples=2)) == 2
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_further_columns_are_kept(parquet, streaming):
+    images = load_images(parquet, keep_columns=["label", "image"], streaming=streaming)
+    assert images.column_names == ["image", "label"]
+    assert [row["label"] for row in images] == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(
+        DatasetError, match=r"has no column 'id'; it has image, label. Name the further column with --keep"
+    ):
+        load_images(parquet, keep_columns=["id"], streaming=streaming)
+
+
 def test_a_limit_draws_from_all_classes_and_always_the_same(tmp_path):
     """Folders of images are sorted by class, and the first so many would be of one class."""
     for label in range(4):

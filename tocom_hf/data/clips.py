@@ -29,6 +29,7 @@ def load_clips(
     label_column: str | None = None,
     max_samples: int | None = None,
     streaming: bool = False,
+    keep_columns: Sequence[str] = (),
 ) -> Any:
     """Load a data set of clips and check that it has what the job needs.
 
@@ -40,6 +41,7 @@ def load_clips(
         label_column: Column of the integer labels, where they are needed.
         max_samples: Keep only so many clips, drawn as in `load_images`.
         streaming: Read the clips as they come.
+        keep_columns: Further columns to keep.
 
     Returns:
         The data set with the named columns only: a `datasets.Dataset`, with `streaming` a `datasets.IterableDataset`.
@@ -58,6 +60,7 @@ def load_clips(
         config_name=config_name,
         max_samples=max_samples,
         streaming=streaming,
+        keep_columns=keep_columns,
     )
     if isinstance(loaded.features[image_column], datasets.Video):
         _require_video_decoder(image_column)

@@ -4,7 +4,7 @@
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ def load_images(
     label_column: str | None = None,
     max_samples: int | None = None,
     streaming: bool = False,
+    keep_columns: Sequence[str] = (),
 ) -> Any:
     """Load an image data set and check that it has what the job needs.
 
@@ -49,6 +50,7 @@ def load_images(
         max_samples: Keep only so many samples, drawn at random but always the same, because data sets are often sorted
             by class; of a stream the first.
         streaming: Read the samples as they come, without downloading or indexing the whole data set first.
+        keep_columns: Further columns to keep.
 
     Returns:
         The data set with the named columns only: a `datasets.Dataset`, with `streaming` a `datasets.IterableDataset`.
@@ -76,6 +78,7 @@ def load_images(
         config_name=config_name,
         max_samples=max_samples,
         streaming=streaming,
+        keep_columns=keep_columns,
     )
 
 
@@ -90,11 +93,12 @@ def load_columns(
     config_name: str | None,
     max_samples: int | None,
     streaming: bool,
+    keep_columns: Sequence[str] = (),
 ) -> Any:
     """What `load_images` does, for images or for clips.
 
     Args:
-        name, label_column, split, config_name, max_samples, streaming: As in `load_images`.
+        name, label_column, split, config_name, max_samples, streaming, keep_columns: As in `load_images`.
         kind: What the samples are, for messages: image or clip.
         column: Where they are.
         is_kind: Whether a feature of `datasets` holds such samples.
@@ -110,7 +114,10 @@ def load_columns(
         raise DatasetError(f"The split {split!r} of the data set {name!r} cannot be loaded: {error}") from error
     if loaded.features is None:  # a stream of a format without a schema: look at its first samples
         loaded = loaded._resolve_features()
-    for role, wanted, option in ((kind, column, "--image_column"), ("label", label_column, "--label_column")):
+    needed: list[tuple[str, str | None, str]] = [(kind, column, "--image_column")]
+    needed.append(("label", label_column, "--label_column"))
+    needed += [("further", name, "--keep_columns") for name in keep_columns]
+    for role, wanted, option in needed:
         if wanted is not None and wanted not in loaded.column_names:
             of_folders = ""
             if role == "label" and Path(name).is_dir() and loaded.column_names == ["image"]:
@@ -140,7 +147,8 @@ def load_columns(
         loaded = loaded.shuffle(seed=_SEED).select(range(max_samples))
     if not streaming and len(loaded) == 0:
         raise DatasetError(f"The split {split!r} of the data set {name!r} is empty.")
-    return loaded.select_columns([column for column in (column, label_column) if column])
+    named = dict.fromkeys([column, label_column, *keep_columns])
+    return loaded.select_columns([name for name in named if name])
 
 
 def _load(name: str, split: str, config_name: str | None, streaming: bool) -> Any:
