@@ -49,7 +49,7 @@ def test_it_is_installed():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     module, _, function = project["project"]["scripts"]["tocom"].partition(":")
     assert getattr(importlib.import_module(module), function) is cli.main
-    assert {"tocom_hf.cli", "tocom_hf.serving"} <= {*project["tool"]["setuptools"]["packages"]}
+    assert {"tocom_hf.cli", "tocom_hf.serving", "tocom_hf.prediction"} <= {*project["tool"]["setuptools"]["packages"]}
 
 
 def test_help_lists_every_command_with_one_line(capsys):
@@ -119,6 +119,7 @@ def test_no_command_and_an_unknown_one(capsys):
 
 NOWHERE = "no/where/at/all"
 TRAINING = ("--dataset_name", IMAGES, "--output_dir", "out")
+PREDICTION = ("--dataset_name", IMAGES, "--target_r", 4, "--output", "out")
 WRONG_USE = [
     ("merge-report", [], "MODEL"),
     ("merge-report", [NOWHERE], NOWHERE),
@@ -196,6 +197,10 @@ WRONG_USE = [
         "--output no/x.png",
     ),
     ("visualize", ["--model_name_or_path", CHECKPOINT, "--dataset_name", IMAGES, "--size", "9"], "--size 9 is too"),
+    ("predict", ["--model_name_or_path", CHECKPOINT, "--target_r", "4"], "--dataset_name"),
+    ("predict", ["--model_name_or_path", NOWHERE, *PREDICTION], NOWHERE),
+    ("predict", ["--model_name_or_path", CHECKPOINT, *PREDICTION, "--device", "abacus"], "The device 'abacus'"),
+    ("predict", ["--model_name_or_path", CHECKPOINT, *PREDICTION, "--source_r", "0"], "needs plugins"),
     ("serve", [], "--model_name_or_path"),
     ("serve", ["--model_name_or_path", CHECKPOINT, "--latency_ms", "0"], "--latency_ms must be positive"),
     ("serve", ["--model_name_or_path", NOWHERE], NOWHERE),
@@ -296,6 +301,7 @@ MISSING = {
     "find-recipe": "datasets",
     "fit-scales": "datasets",
     "visualize": "PIL",
+    "predict": "datasets",
     "serve": "uvicorn",
     "calibrate": "matplotlib",
     "export": "onnxscript",
@@ -307,6 +313,7 @@ COMPLETE = {
     "find-recipe": ["--model_name_or_path", CHECKPOINT, "--degrees", 4, *TRAINING],
     "fit-scales": ["--model_name_or_path", CHECKPOINT, "--plugins", PLUGINS, *TRAINING],
     "visualize": ["--model_name_or_path", CHECKPOINT, "--images", "x.png"],
+    "predict": ["--model_name_or_path", CHECKPOINT, "--plugins", PLUGINS, *PREDICTION],
     "serve": ["--model_name_or_path", CHECKPOINT],
     "calibrate": [CHECKPOINT, "--plot", "x.png"],
     "export": [CHECKPOINT, "out"],

@@ -22,6 +22,7 @@ COMMANDS = {
     "push": ("push", "publish a plugin set or a checkpoint on the Hugging Face Hub"),
     "visualize": ("visualize", "paint merged tokens over images"),
     "export": ("export", "write a model as graphs for ONNX Runtime or OpenVINO, one for each degree"),
+    "predict": ("predict", "labels or features of a data set of any size, as parquet files"),
     "serve": ("serve", "serve a classifier that merges more tokens when the load rises"),
 }
 

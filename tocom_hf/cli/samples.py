@@ -2,16 +2,18 @@
 """The data that a command reads for a model: images, or clips for a model of video."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tocom_hf.cli.loading import load_processor, refused_input
-from tocom_hf.errors import ArgumentError, MissingExtraError, UnsupportedModelError
+from tocom_hf.errors import ArgumentError, DatasetError, MissingExtraError, UnsupportedModelError
 
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,37 @@ class SampleKind:
         if self.num_frames is None:
             return with_pixel_values(dataset, processor, **columns)
         return with_clip_values(dataset, processor, self.num_frames, size=self.size, **columns)
+
+    def reader(self, dataset: Any, processor: Any, image_column: str) -> "Callable[[Any], np.ndarray]":
+        """What makes the input of a single sample, float32, of an image or clip that is not decoded yet.
+
+        Threads may call it at once. It raises `DatasetError` where a sample cannot be read or prepared.
+
+        Args:
+            dataset: What `load` returned.
+            processor: What `load_processor` returned.
+            image_column: Column of the images or clips.
+        """
+        from tocom_hf.data.clips import ClipReader, process_frames
+        from tocom_hf.data.images import open_image
+
+        num_channels, num_frames, size = self.num_channels, self.num_frames, self.size
+        if num_frames is not None:
+            clips = ClipReader(dataset.features[image_column], image_column, num_frames, num_channels)
+            return lambda encoded: process_frames(processor, clips.read(encoded), num_channels, size).float().numpy()
+
+        def read(encoded: Any) -> "np.ndarray":
+            image = open_image(encoded, image_column, num_channels)
+            try:
+                processed = processor([image], return_tensors="pt")["pixel_values"]
+            except ValueError as error:  # such as for an image of a single row of pixels
+                raise DatasetError(
+                    f"{type(processor).__name__} cannot prepare an image of {image.width} x {image.height} pixels: "
+                    f"{error}. Take it out of the data."
+                ) from error
+            return processed[0].float().numpy()
+
+        return read
 
     def views(self, dataset: Any, processor: Any, **settings: Any) -> Any:
         """Random views for distillation: `TrainingImages` or `TrainingClips`, with settings that both have."""
