@@ -123,6 +123,12 @@ def test_plugins_make_up_for_the_degree(run, vit, tmp_path):
     expect(read(), TocomModel.from_pretrained(vit, plugins=tmp_path / "plugins", source_r=0, target_r=3, scale=0.2))
 
 
+def test_a_scale_is_for_plugins(refused, vit):
+    assert "--scale is the strength of plugins, and the model has none" in refused(
+        "predict", *MODEL, *DATA, "--scale", 1
+    )
+
+
 def test_a_model_without_a_head_gives_features(run, vit, tmp_path):
     backbone = apply_tome(vit.vit, 3)
     vit.vit.save_pretrained(tmp_path / "backbone")
@@ -307,6 +313,21 @@ def test_a_full_disk_leaves_no_half_written_part(run, refused, vit, monkeypatch)
     expect(read(), apply_tome(vit, 3))
 
 
+def test_a_batch_that_is_too_large_for_the_memory_may_be_smaller(run, refused, vit, monkeypatch):
+    real = hf.ViTModel.forward
+
+    def forward(self, pixel_values, **arguments):
+        if len(pixel_values) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+        return real(self, pixel_values, **arguments)
+
+    monkeypatch.setattr(hf.ViTModel, "forward", forward)
+    line = refused("predict", *MODEL, *DATA)
+    assert "The memory of cpu does not suffice for a batch of 3. Give the same command again with a smaller" in line
+    assert run("predict", *MODEL, *DATA, "--batch_size", 2).code == 0
+    expect(read(), apply_tome(vit, 3))
+
+
 # -- damaged data -------------------------------------------------------------------------------------------------
 
 
@@ -387,4 +408,4 @@ def test_a_shard_is_one_of_those_that_there_are(refused, vit):
         "predict", *MODEL, *DATA, "--num_shards", 2, "--shard_index", 2
     )
     line = refused("predict", *MODEL, *DATA, "--streaming", "--num_shards", 2)
-    assert "The stream has 1 file, of which each shard reads some, so that 2 shards are too many" in line
+    assert "The stream is read as 1 file, of which each shard takes some, so that 2 shards are too many" in line

@@ -93,7 +93,7 @@ def test_images_stay_undecoded(stream):
 
 
 def test_a_stream_has_no_more_shards_than_files(stream):
-    with pytest.raises(ArgumentError, match=r"has 4 files, .* 5 shards are too many. .* leave --streaming out"):
+    with pytest.raises(ArgumentError, match=r"is read as 4 files, .* 5 shards are too many. .* leave --streaming out"):
         read_rows(stream, "image", 5, 0)
 
 

@@ -114,6 +114,8 @@ def load_transformers_model(args: argparse.Namespace) -> Any:
     config = open_checkpoint(args.model_name_or_path, {}).config
     arguments = {"dtype": dtype, **unmasked(config)}
     if args.plugins is None and args.source_r is None and not getattr(config, "tocom", None):
+        if args.scale is not None:
+            raise ArgumentError("--scale is the strength of plugins, and the model has none. Pass --plugins.")
         opened = open_checkpoint(args.model_name_or_path, arguments)
         model = opened.checkpoint.load(opened.model_class, opened.config, opened.arguments)
         return apply_tome(model.eval(), args.target_r)

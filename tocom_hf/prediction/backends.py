@@ -66,6 +66,7 @@ class ModelBackend(Backend):
 
     Raises:
         UnsupportedModelError: if its outputs are neither the classes of an image nor features.
+        ArgumentError: if the memory of the device does not suffice for it.
     """
 
     def __init__(
@@ -74,7 +75,12 @@ class ModelBackend(Backend):
         backbone = find_backbone(model, getattr(model, "_tocom_path", None))
         self._read, self._backbone = read, backbone
         facts = [_contents(model), processor.to_dict()]
-        model.to(device)  # type: ignore[arg-type]
+        try:
+            model.to(device)  # type: ignore[arg-type]
+        except torch.OutOfMemoryError as error:
+            raise ArgumentError(
+                f"The memory of {device} does not suffice for the model. Give another --device, or --dtype bfloat16."
+            ) from error
         example = Example.of(backbone, None, batch_size=1)
         self._module = example.module
         config: Any = self._module.config
@@ -133,8 +139,8 @@ class ModelBackend(Backend):
         if hidden is not None:
             return hidden[:, self._backbone.protected :].mean(dim=1)
         raise UnsupportedModelError(
-            f"{type(self._module).__name__} gives {', '.join(outputs)}, which are neither the classes nor the features "
-            "of an image."
+            f"{type(self._module).__name__} gives {', '.join(outputs)}: neither the classes of an image nor its "
+            "features."
         )
 
 

@@ -84,8 +84,8 @@ class StreamRows(Rows):
     def __init__(self, stream: datasets.IterableDataset, num_shards: int, shard_index: int):
         if num_shards > max(stream.num_shards, 1):
             raise ArgumentError(
-                f"The stream has {stream.num_shards} file{'' if stream.num_shards == 1 else 's'}, of which each shard "
-                f"reads some, so that {num_shards} shards are too many. Take fewer, or leave --streaming out."
+                f"The stream is read as {stream.num_shards} file{'' if stream.num_shards == 1 else 's'}, of which each "
+                f"shard takes some, so that {num_shards} shards are too many. Take fewer, or leave --streaming out."
             )
         self._shard = (shard_index, num_shards)
         self._stream = stream if num_shards == 1 else stream.shard(num_shards, shard_index)
