@@ -31,7 +31,7 @@ class Backend(ABC):
     Attributes:
         labels: The names of the classes in the order of the outputs; `None` where the outputs are features.
         scores: How outputs become scores: `softmax`, `sigmoid`, or `None` where they are the scores.
-        fingerprint: Differs for models that give other outputs, at whatever degree.
+        fingerprint: Differs for models that give other outputs.
     """
 
     labels: list[str] | None
