@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tocom_hf.deployed.exported import ExportedTocom
     from tocom_hf.distillation.arguments import DistillationArguments
     from tocom_hf.distillation.distill import distill
+    from tocom_hf.distillation.fit_plugins import fit_plugins
     from tocom_hf.errors import (
         ArgumentError,
         BackboneMismatchError,
@@ -88,6 +89,7 @@ __all__ = [
     "evaluate_degrees",
     "export",
     "find_recipe",
+    "fit_plugins",
     "fit_scales",
     "load_images",
     "load_lora",
@@ -119,6 +121,7 @@ _MODULES = {
     "evaluate_degrees": "evaluation.degrees",
     "export": "exporting.export",
     "find_recipe": "search.find_recipe",
+    "fit_plugins": "distillation.fit_plugins",
     "fit_scales": "scales.fitting",
     "load_images": "data.images",
     "load_lora": "model.lora",

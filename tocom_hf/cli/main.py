@@ -14,6 +14,7 @@ COMMANDS = {
     "merge-report": ("merge_report", "what token merging would save on a model, and which degree to try first"),
     "calibrate": ("calibrate", "measure what every degree costs on this machine"),
     "find-recipe": ("find_recipe", "choose which tokens merge, and in which layers, from unlabelled images"),
+    "fit-plugins": ("fit_plugins", "fit a plugin set in closed form, from a few hundred unlabelled images"),
     "distill": ("distill", "distil a plugin set for a pre-trained model from unlabelled images"),
     "finetune": ("finetune", "fine-tune a classifier while it merges tokens"),
     "evaluate": ("evaluate", "accuracy of fine-tuned checkpoints over a grid of degrees, with and without plugins"),

@@ -181,7 +181,8 @@ def _pooled(backbone: Backbone, outputs: Any) -> torch.Tensor:
     patch_mean = hidden_states[:, backbone.protected :].mean(dim=1)  # (batch, hidden size)
     # the pooling of ViT and DeiT is random in most checkpoints, that of these families is trained
     pooled = getattr(outputs, "pooler_output", None)
-    parts = [patch_mean] if pooled is None else [pooled, patch_mean]
+    # that of Ovis 2 is one vector for each patch
+    parts = [patch_mean] if pooled is None or pooled.shape != patch_mean.shape else [pooled, patch_mean]
     return torch.stack(parts, dim=1)
 
 

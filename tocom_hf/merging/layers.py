@@ -103,7 +103,7 @@ class MergingLayer(Merging):
         # what attention needed is let go of in there, so that the MLP does not find it in memory
         hidden_states, weights = self._attend_and_merge(hidden_states, call, kwargs)  # (batch, tokens - r, hidden)
         names = self.tome_architecture
-        hidden_states = _through(self, names.mlp_branch, hidden_states) + hidden_states
+        hidden_states = through(self, names.mlp_branch, hidden_states) + hidden_states
         if tome.settings.restore and self._is_last(tome):
             positions = follow_tokens(tome.plans[index] for index in sorted(tome.plans))  # (batch, input tokens)
             hidden_states = restore_tokens(
@@ -131,7 +131,7 @@ class MergingLayer(Merging):
         branch, weights, plan = attention(normed, call=call, **kwargs)  # (batch, queries, hidden)
         if call.queries is not None:
             hidden_states = hidden_states[:, : call.queries]  # (batch, protected, hidden)
-        branch = _through(self, names.attention_branch, branch)
+        branch = through(self, names.attention_branch, branch)
         sizes = call.sizes  # (batch, tokens)
         if call.r > 0:
             plan = tome.plans.setdefault(self.tome_index, plan)
@@ -284,7 +284,7 @@ def merging_class(stock_class: type[nn.Module], mixin: type[Merging]) -> type[Me
     return runtime_subclass(mixin, stock_class)
 
 
-def _through(layer: nn.Module, names: tuple[str, ...], hidden_states: torch.Tensor) -> torch.Tensor:
+def through(layer: nn.Module, names: tuple[str, ...], hidden_states: torch.Tensor) -> torch.Tensor:
     """What parts of a layer make of hidden states one after the other; a parameter among them is a layer scale."""
     for name in names:
         part = find_part(layer, name)
