@@ -21,6 +21,7 @@ EXTRAS = {
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
     "openvino": "openvino",
+    "ray": "ray",
 }
 
 

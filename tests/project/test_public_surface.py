@@ -24,6 +24,8 @@ NAMES = [name for name in tocom_hf.__all__ if name != "__version__"]
 def test_examples_run(module, monkeypatch):
     if module.endswith(".triton_kernels"):
         pytest.importorskip("triton", reason="needs the extra triton")
+    if module.endswith(".ray_deployments"):
+        pytest.importorskip("ray", reason="needs the extra ray")
     monkeypatch.chdir(ROOT)
     logging.disable_progress_bar()
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS

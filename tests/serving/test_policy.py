@@ -1,5 +1,5 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""The policy in a simulated service: random arrivals at multiples of what the dense model can carry, without a clock."""
+"""The policy in a simulated service: random arrivals at multiples of what the dense model carries, without a clock."""
 
 import itertools
 import random

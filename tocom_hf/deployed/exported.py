@@ -171,6 +171,64 @@ class ExportedTocom:
             ArgumentError: if the model has no classes, or was exported without an image processor.
             DatasetError: if an image cannot be read.
         """
+        self._require_labels(top_k)
+        if isinstance(images, list | tuple) and not images:
+            return []
+        batch = self.preprocess(images)
+        if self.manifest["input"]["shape"][0] == 1:
+            logits = np.concatenate([self(image[None]) for image in batch])
+        else:
+            logits = self(batch)
+        return self.rank(logits, top_k)
+
+    def preprocess(self, images: "Image.Image | str | Path | np.ndarray | Sequence[Any]") -> np.ndarray:
+        """What the model's image processor makes of images: the first half of `predict`, which threads may do apart.
+
+        Args:
+            images: As `predict` takes them, one at least.
+
+        Returns:
+            Finished inputs, float32 `(images, channels, height, width)`.
+
+        Raises:
+            ArgumentError: if the model was exported without an image processor, there are no images, or they come out
+                at several sizes because it does not resize.
+            DatasetError: if an image cannot be read.
+        """
+        listed = list(images) if isinstance(images, list | tuple) else [images]
+        if not listed:
+            raise ArgumentError("There are no images to prepare.")
+        inputs = [self._preprocess(image, index) for index, image in enumerate(listed)]
+        shapes = {values.shape for values in inputs}
+        if len(shapes) > 1:
+            raise ArgumentError(
+                f"The image processor does not resize, and the images have several sizes: {sorted(shapes)}. Resize "
+                "them to one."
+            )
+        return np.stack(inputs)
+
+    def rank(self, logits: np.ndarray, top_k: int = 5) -> list[list[Prediction]]:
+        """The labels of logits: the second half of `predict`.
+
+        Args:
+            logits: `(batch, classes)`, as calls return them.
+            top_k: How many labels for each row.
+
+        Returns:
+            For each row its labels with the highest scores, best first.
+
+        Raises:
+            ArgumentError: if the model has no classes.
+        """
+        labels = self._require_labels(top_k)
+        scores = _scores(logits, self.manifest.get("scores"))  # (batch, classes)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]  # (batch, top_k)
+        return [
+            [Prediction(labels.get(str(label), str(label)), float(row[label])) for label in best]
+            for row, best in zip(scores, order, strict=True)
+        ]
+
+    def _require_labels(self, top_k: int) -> dict[str, Any]:
         if self._labels is None:
             raise ArgumentError(
                 f"The exported model gives {self.manifest['output']}, not classes, so it predicts no labels. Call it "
@@ -178,20 +236,7 @@ class ExportedTocom:
             )
         if type(top_k) is not int or top_k < 1:
             raise ArgumentError(f"top_k must be a positive integer, got {top_k!r}.")
-        listed = list(images) if isinstance(images, list | tuple) else [images]
-        if not listed:
-            return []
-        batch = np.stack([self._preprocess(image, index) for index, image in enumerate(listed)])
-        if self.manifest["input"]["shape"][0] == 1:
-            logits = np.concatenate([self(image[None]) for image in batch])
-        else:
-            logits = self(batch)
-        scores = _scores(logits, self.manifest.get("scores"))  # (batch, classes)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]  # (batch, top_k)
-        return [
-            [Prediction(self._labels.get(str(label), str(label)), float(row[label])) for label in best]
-            for row, best in zip(scores, order, strict=True)
-        ]
+        return self._labels
 
     def _preprocess(self, image: Any, index: int) -> np.ndarray:
         with require_extras("ExportedTocom.predict"):

@@ -187,6 +187,10 @@ class TorchPrograms(Runtime):
             raise ArgumentError(f"The format torch takes no options, got {', '.join(self.options)}.")
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+        try:
+            torch.empty(0, device=self.device or "cpu")
+        except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that torch was not built for
+            raise ArgumentError(f"The device {self.device!r} cannot be used: {error}") from error
         self._shared = {}
         if not self.standalone:
             self._shared = self._tensors(self.weights)
