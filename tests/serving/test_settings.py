@@ -2,6 +2,8 @@
 """Settings of a deployment: from arguments, from the environment, and changed while it serves."""
 
 import pytest
+import yaml
+from helpers.paths import EXAMPLES, ROOT
 
 from tocom_hf import ArgumentError
 
@@ -64,3 +66,16 @@ def test_a_replica_is_given_no_settings_of_the_cluster():
     settings = from_arguments({"model_name_or_path": "model", "num_gpus": 0.5, "top_k": 3}, {})
     assert isinstance(settings, DeploymentSettings)
     assert settings.of_the_model() == ModelSettings(model_name_or_path="model", top_k=3)
+
+
+@pytest.mark.parametrize("name", ["ray_serve", "ray_service"])
+def test_the_configurations_serve_the_embedded_model_with_settings_that_there_are(name):
+    content = yaml.safe_load((EXAMPLES / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+    if name == "ray_service":
+        content = yaml.safe_load(content["spec"]["serveConfigV2"])
+    (application,) = content["applications"]
+    (classifier,) = application["deployments"]
+    assert (application["import_path"], classifier["name"]) == ("tocom_hf.serving.ray_app:app", "Classifier")
+    settings = from_arguments(application["args"], {}).of_the_model().changed_by(classifier["user_config"])
+    assert (ROOT / settings.model_name_or_path / "config.json").is_file()
+    assert (ROOT / settings.plugins / "tocom_config.json").is_file()

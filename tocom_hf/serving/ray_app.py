@@ -55,6 +55,8 @@ def app(arguments: Mapping[str, Any]) -> Any:
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
         max_ongoing_requests=_ONGOING_IN_A_REPLICA,
         max_queued_requests=settings.max_queued_requests,
+        # how soon Ray notices a replica that has died and starts another one
+        health_check_period_s=2,
         user_config={},
     )
     gateway = serve.deployment(serve.ingress()(Gateway)).options(
