@@ -1,7 +1,10 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 import copy
 import dataclasses
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from tocom_hf import (
     calibrate,
     count_flops,
 )
+from tocom_hf.cost.calibration import logger
 
 
 def quick(model, **arguments):
@@ -272,6 +276,22 @@ def test_a_cache_file_is_reused_until_something_changes(model, tmp_path):
     other = quick(model.double(), cache_file=path, degrees=[0, 6])
     assert other.dtype == "float64"
     assert Calibration.from_json_file(path) == other
+
+
+def test_a_calibration_that_cannot_be_kept_is_used_all_the_same(model, tmp_path, monkeypatch):
+    def fill_the_disk(path, text, **arguments):
+        path.write_bytes(text[:20].encode())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    said = []
+    monkeypatch.setattr(Path, "write_text", fill_the_disk)
+    monkeypatch.setattr(logger, "warning", said.append)
+    assert quick(model, cache_file=tmp_path / "cost.json").degrees == [0, 2, 5]
+    assert said == [f"The calibration cannot be kept in {tmp_path / 'cost.json'}: No space left on device."]
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(OSError, match="No space left"):
+        CALIBRATION.to_json_file(tmp_path / "cost.json")
+    assert not any(tmp_path.iterdir())
 
 
 def load(model, **arguments):

@@ -158,8 +158,12 @@ class Calibration:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f".{path.name}.{os.getpid()}")
-        fresh.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(fresh, path)
+        try:
+            fresh.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+            os.replace(fresh, path)
+        except OSError:
+            fresh.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> "Calibration":
@@ -211,7 +215,7 @@ def calibrate(
         seconds: How long to measure after one warm-up of each degree; at least every degree once.
         progress: Whether to show a progress bar.
         cache_file: Reuse the calibration in this file if it was made with the same settings and versions on the same
-            device, else write it there.
+            device, else write it there. Where that fails, for instance on a full disk, a warning says so.
 
     Returns:
         The calibration.
@@ -268,7 +272,10 @@ def calibrate(
         costs = measure_costs(example, degrees, seconds=seconds, progress=progress)
     calibration = Calibration(**settings, rounds=costs[0].rounds, costs=tuple(costs))
     if cache_file is not None:
-        calibration.to_json_file(cache_file)
+        try:
+            calibration.to_json_file(cache_file)
+        except OSError as error:  # what was measured holds, whether or not the next call finds it
+            logger.warning(f"The calibration cannot be kept in {cache_file}: {error.strerror or error}.")
     return calibration
 
 
