@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 from helpers.paths import EXAMPLES, ROOT
@@ -324,7 +325,8 @@ COMPLETE = {
 def test_every_command_names_the_extra_that_it_needs(refused, monkeypatch, name, package):
     """A module that is `None` in `sys.modules` cannot be found."""
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "tocom_hf.data.images")
+    for module in ("tocom_hf.data.images", "tocom_hf.serving.server"):  # that import it
+        monkeypatch.delitem(sys.modules, module, raising=False)
     line = refused(name, *COMPLETE[name])
     assert f"MissingExtraError: tocom {name} needs {package}" in line
     assert "pip install 'tocom-hf[" in line
@@ -359,3 +361,11 @@ def test_a_job_that_parses_itself_ends_likewise(capsys):
 
     assert end_like_a_command("tocom x", explain) == 2
     assert capsys.readouterr().err == "tocom x: error: no such option (see tocom x --help)\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="There is no full device here.")
+def test_what_a_service_says_need_not_be_written():
+    code = "from tocom_hf.cli.endings import say; say('one'); say('two')"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -14,12 +14,13 @@ from helpers.paths import ROOT
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from tocom_hf import TocomModel
+from tocom_hf import DegreeCost, TocomModel
 from tocom_hf.cost import calibration
 from tocom_hf.serving.policy import DegreePolicy
 
 
 SECONDS = {0: 0.1, 2: 0.08, 4: 0.05, 8: 0.04}
+MEASURED = [DegreeCost(r, (50,), 1.0, 1e3 * SECONDS[r], 1.0, 1.0, 1) for r in (0, 8)]
 CHECKPOINT, PLUGINS = ROOT / "examples/fashion_mnist/checkpoint", ROOT / "hub_cards/tocom-vit-fashion-mnist"
 
 
@@ -215,19 +216,11 @@ def test_bad_requests_are_refused_and_do_no_harm(loaded, body, content_type, sta
         assert service.predict(png()).status_code == 200
 
 
-def test_too_many_pixels(loaded, monkeypatch):
-    from tocom_hf.serving import requests as module
-
-    monkeypatch.setattr(module, "MAX_PIXELS", 100)
-    with Service(loaded, objective=100.0) as service:
-        assert service.predict(png()).status_code == 413
-
-
 def test_too_many_images_are_counted_before_they_are_decoded(loaded, monkeypatch):
     """A body of a few megabytes can hold images of many gigabytes."""
-    from tocom_hf.serving import requests as module
+    from tocom_hf.serving import service as module
 
-    monkeypatch.setattr(module, "decode", lambda data: pytest.fail("decoded"))
+    monkeypatch.setattr(module, "open_images", lambda *arguments: pytest.fail("decoded"))
     with Service(loaded, objective=100.0) as service:
         answer = service.client.post("/predict", json={"images": [base64.b64encode(png()).decode()] * 5})
         assert (answer.status_code, answer.json()["error"]) == (413, "5 images in a request; 4 are the limit.")
@@ -241,13 +234,13 @@ def test_formats_that_pillow_hands_to_other_programs_are_not_opened(loaded):
 
 
 def test_photographs_stand_as_their_camera_was_held(loaded):
-    from tocom_hf.serving.requests import decode
+    from tocom_hf.serving.requests import decode, open_images
 
     image, exif = Image.new("RGB", (40, 20)), Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees to show
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", exif=exif)
-    assert decode(buffer.getvalue()).size == (20, 40)
+    assert decode(*open_images([buffer.getvalue()])).size == (20, 40)
 
 
 def test_requests_that_wait_become_batches_at_a_higher_degree(loaded):
@@ -347,3 +340,39 @@ def test_health_and_metrics(loaded):
             assert line in metrics.text
         assert service.client.get("/nothing").status_code == 404
     assert service.app.state.worker.done()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--latency_ms", "nan"], "--latency_ms must be positive and finite, got nan"),
+        (["--max_megabytes", "0"], "--max_megabytes must be positive and finite, got 0"),
+        (["--max_megapixels", "1e6"], "Pillow opens no larger image"),
+        (["--receive_seconds", "-1"], "--receive_seconds must be positive and finite, got -1"),
+        (["--answer_seconds", "inf"], "--answer_seconds must be positive and finite, got inf"),
+        (["--max_connections", "0"], "expected a positive integer, got '0'"),
+        (["--max_connections", "1" + "0" * 9], "Raise that (ulimit -n), or allow fewer connections"),
+        (["--port", "65536"], "--port must be 0 to 65535, got 65536"),
+        (["--host", "no such host"], "The service cannot listen on no such host, port 8000: "),
+    ],
+)
+def test_limits_that_cannot_hold_are_found_before_the_model_is_loaded(arguments, message, monkeypatch, refused):
+    pytest.importorskip("uvicorn")
+    monkeypatch.setattr("tocom_hf.cli.serve.load_classifier", lambda args: pytest.fail("went on"))
+    assert message in refused("serve", "--model_name_or_path", CHECKPOINT, *arguments)
+
+
+def test_the_command_says_where_it_serves_and_ends_when_it_is_told_to(monkeypatch, run):
+    pytest.importorskip("uvicorn")
+    from tocom_hf.serving import server
+
+    def tell(app, listener, started):
+        assert app.state.limits.max_bytes == 2**19
+        started("http://127.0.0.1:1")
+
+    monkeypatch.setattr(server, "serve_until_stopped", tell)
+    monkeypatch.setattr(calibration, "measure_costs", lambda *args, **kwargs: MEASURED)
+    ended = run("serve", "--model_name_or_path", CHECKPOINT, "--plugins", PLUGINS, "--degrees", "0", "8", "--port", "0",
+                "--max_megabytes", "0.5")  # fmt: skip
+    assert ended.code == 0
+    assert ended.output.endswith("Serving on http://127.0.0.1:1\n")

@@ -112,6 +112,14 @@ def end_like_a_command(command: str, run: Callable[[], None]) -> int:
     return 0
 
 
+def say(text: str) -> None:
+    """Print a line of a command that goes on where it cannot be read: the reader has gone, or the disk is full."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        _drop_what_is_left_to_print()
+
+
 def one_line(text: str) -> str:
     """A text of several lines as one line."""
     return " ".join(text.split())

@@ -11,17 +11,19 @@ length of the queue.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tocom_hf.cli.endings import CommandParser, positive_integer, run_command
+from tocom_hf.cli.endings import CommandParser, positive_integer, run_command, say
 from tocom_hf.cli.loading import find_device, load_processor
 from tocom_hf.errors import ArgumentError
 
 
 COMMAND = "tocom serve"
+POSITIVE = ("latency_ms", "max_megabytes", "max_megapixels", "receive_seconds", "answer_seconds")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -39,11 +41,33 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive_integer, help="Threads of torch on a CPU.")
     parser.add_argument("--calibration", type=Path, help="File to keep the measured speed of every degree in.")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8000, help="0 for one that is free.")
+    parser.add_argument(
+        "--reuse_port", action="store_true", help="Let another tocom serve take over the port: see docs/serving.md."
+    )
+    _add_limits(parser.add_argument_group("limits", "What one client may take of the service."))
     args = parser.parse_args(argv)
-    if not args.latency_ms > 0:
-        parser.error(f"--latency_ms must be positive, got {args.latency_ms:g}")
+    for name in POSITIVE:
+        if not 0 < getattr(args, name) < float("inf"):
+            parser.error(f"--{name} must be positive and finite, got {getattr(args, name):g}")
+    if not 0 <= args.port <= 65535:
+        parser.error(f"--port must be 0 to 65535, got {args.port}")
     return args
+
+
+def _add_limits(group: Any) -> None:
+    group.add_argument("--max_megabytes", type=float, default=16, help="Of a body, in MiB. Default: 16.")
+    group.add_argument(
+        "--max_megapixels", type=float, default=64, help="Of all images of a request, before resizing. Default: 64."
+    )
+    group.add_argument("--max_connections", type=positive_integer, help="Open at once. Default: 512.")
+    group.add_argument(
+        "--receive_seconds", type=float, default=10, help="For a request to arrive, else 408. Default: 10."
+    )
+    group.add_argument(
+        "--answer_seconds", type=float, default=20,
+        help="For an answer, else 503; and for what waits when the service is stopped. Default: 20.",
+    )  # fmt: skip
 
 
 def load_classifier(args: argparse.Namespace) -> Any:
@@ -64,13 +88,22 @@ def load_classifier(args: argparse.Namespace) -> Any:
 
 def serve(args: argparse.Namespace) -> None:
     import torch
-    import uvicorn
 
     from tocom_hf.cost.calibration import calibrate
     from tocom_hf.data.colour import find_num_channels, model_channels
+    from tocom_hf.serving.limits import Limits
     from tocom_hf.serving.policy import DegreePolicy
+    from tocom_hf.serving.server import bind, find_max_connections, serve_until_stopped
     from tocom_hf.serving.service import create_app
 
+    limits = Limits(
+        max_bytes=math.ceil(args.max_megabytes * 2**20),
+        max_pixels=math.ceil(args.max_megapixels * 1e6),
+        max_connections=find_max_connections(args.max_connections),
+        receive_seconds=args.receive_seconds,
+        answer_seconds=args.answer_seconds,
+    )
+    listener = bind(args.host, args.port, args.reuse_port)
     if args.threads:
         torch.set_num_threads(args.threads)
     model, degrees = load_classifier(args)
@@ -79,11 +112,11 @@ def serve(args: argparse.Namespace) -> None:
     calibration = calibrate(
         model, batch_size=args.max_batch_size, degrees=degrees, seconds=3, cache_file=args.calibration
     )
-    print(calibration, flush=True)
+    say(str(calibration))
     batch_seconds = {degree: calibration[degree].latency_ms / 1e3 for degree in degrees}
     policy = DegreePolicy(batch_seconds, args.max_batch_size, args.latency_ms / 1e3)
-    app = create_app(model, processor, policy, args.max_queue)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+    app = create_app(model, processor, policy, args.max_queue, limits=limits)
+    serve_until_stopped(app, listener, lambda address: say(f"Serving on {address}"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

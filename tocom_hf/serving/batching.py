@@ -2,8 +2,11 @@
 """A queue in front of one model: requests that arrive while it is busy form the next batch."""
 
 import asyncio
+import contextlib
+import math
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +38,7 @@ class Metrics:
         self.degree = Gauge("tocom_target_r", "Degree of the last batch", **where)
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """The images of one request, float32 `(n, channels, height, width)`, and where their answer goes."""
 
@@ -45,7 +48,15 @@ class Job:
 
 
 class OverloadedError(Exception):
-    """The queue is full: more requests could not be answered in time."""
+    """The queue is full: more requests could not be answered in time.
+
+    Attributes:
+        retry_after: Whole seconds after which the queue has drained.
+    """
+
+    def __init__(self, message: str, retry_after: int):
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Batcher:
@@ -63,30 +74,54 @@ class Batcher:
         self.max_queue, self.metrics = max_queue, metrics
         self.jobs: deque[Job] = deque()
         self.queued = 0
+        self.preparing = 0
+        self.running = False
         self._arrival = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-
-    async def classify(self, pixel_values: torch.Tensor) -> dict[str, Any]:
-        """Wait in the queue and return the answer.
-
-        Raises:
-            OverloadedError: if the queue is full.
-        """
-        self.require_room(len(pixel_values))
-        job = Job(pixel_values, asyncio.get_running_loop().create_future())
-        self.jobs.append(job)
-        self._count(len(pixel_values))
-        self._arrival.set()
-        return await job.answer
 
     def require_room(self, count: int) -> None:
         """Raise `OverloadedError` unless `count` more images may wait. An empty queue takes any request."""
         room = self.policy.capacity() if self.max_queue is None else self.max_queue
-        if self.queued and self.queued + count > room:
-            raise OverloadedError(f"{self.queued} images wait already, {room} are the limit. Try again later.")
+        waiting = self.queued + self.preparing
+        if waiting and waiting + count > room:
+            raise OverloadedError(
+                f"{waiting} images wait already, {room} are the limit. Try again later.", self.retry_after()
+            )
+
+    def retry_after(self) -> int:
+        """Whole seconds after which what waits has been served, one at least."""
+        return max(1, math.ceil(self.policy.drain_seconds(self.queued + self.preparing)))
+
+    @contextlib.contextmanager
+    def room_for(self, count: int) -> Iterator[None]:
+        """Hold places in the queue while images are prepared, so that nobody is refused after that work.
+
+        Raises:
+            OverloadedError: if the queue is full.
+        """
+        self.require_room(count)
+        self.preparing += count
+        try:
+            yield
+        finally:
+            self.preparing -= count
+
+    async def classify(self, pixel_values: torch.Tensor) -> dict[str, Any]:
+        """Wait in the queue and return the answer. Whoever is cancelled meanwhile leaves the queue."""
+        job = Job(pixel_values, asyncio.get_running_loop().create_future())
+        self.jobs.append(job)
+        self._count(len(pixel_values))
+        self._arrival.set()
+        try:
+            return await job.answer
+        except asyncio.CancelledError:
+            if job in self.jobs:
+                self.jobs.remove(job)
+                self._count(-len(pixel_values))
+            raise
 
     async def run(self) -> None:
-        """Serve batches until cancelled."""
+        """Serve batches until cancelled. A batch that runs then goes on in its thread: see `running`."""
         try:
             while True:
                 await self._arrival.wait()
@@ -96,7 +131,7 @@ class Batcher:
         finally:
             for job in self.jobs:
                 job.answer.cancel()
-            self._thread.shutdown()
+            self._thread.shutdown(wait=False)
 
     async def _serve_batch(self) -> None:
         degree, jobs = self.policy.choose(self.queued), [self.jobs.popleft()]
@@ -112,7 +147,7 @@ class Batcher:
         pixel_values = torch.cat([job.pixel_values for job in jobs])
         start = time.perf_counter()
         try:
-            scores = await asyncio.get_running_loop().run_in_executor(self._thread, self._forward, pixel_values, degree)
+            scores = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, pixel_values, degree)
         except Exception as error:
             for job in jobs:
                 if not job.answer.done():
@@ -128,6 +163,13 @@ class Batcher:
             if not job.answer.done():  # the client may have gone
                 waited = start - job.arrived
                 job.answer.set_result({"scores": own, "target_r": degree, "waited": waited, "computed": seconds})
+
+    def _run(self, pixel_values: torch.Tensor, degree: int) -> list[list[float]]:
+        self.running = True
+        try:
+            return self._forward(pixel_values, degree)
+        finally:
+            self.running = False
 
     @torch.inference_mode()
     def _forward(self, pixel_values: torch.Tensor, degree: int) -> list[list[float]]:

@@ -87,6 +87,11 @@ class DegreePolicy:
         fastest = self.batch_seconds[self.degrees[-1]] * self.pace
         return self.max_batch_size * max(1, math.floor(self.limit / fastest))
 
+    def drain_seconds(self, queued: int) -> float:
+        """How long the largest degree needs for a queue of that many images."""
+        batches = math.ceil(queued / self.max_batch_size)
+        return batches * self.batch_seconds[self.degrees[-1]] * self.pace
+
     def _smallest_within(self, limit: float, queued: int) -> int:
         batches = queued / self.max_batch_size
         for degree, seconds in self.batch_seconds.items():

@@ -3,60 +3,94 @@
 
 import base64
 import binascii
+import contextlib
 import io
 import json
+from collections.abc import Iterator
 
 from fastapi import HTTPException, Request
 from PIL import Image, ImageOps, UnidentifiedImageError
+from starlette.requests import ClientDisconnect
 
 from tocom_hf.data.colour import to_channels
+from tocom_hf.serving.limits import Limits
 
 
-MAX_BYTES, MAX_PIXELS = 16 * 2**20, 64 * 10**6
+# nginx's status for a client that has gone: nobody reads it, but /metrics counts it
+CLIENT_GONE = 499
 # not all that Pillow reads: some it hands to other programs
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-def decode(data: bytes, num_channels: int = 3) -> Image.Image:
-    """An image in RGB, or with one channel in grey, from the bytes of a file; status 400 if they are none, 413 if it is
-    too large."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise HTTPException(413, f"The image has {image.size} pixels; {MAX_PIXELS} in all are the limit.")
-        return to_channels(ImageOps.exif_transpose(image), num_channels)
-    except HTTPException:
-        raise
-    except UnidentifiedImageError as error:
-        raise HTTPException(400, f"The body is not an image of a known format ({', '.join(FORMATS)}).") from error
-    except Exception as error:  # Pillow has no type of its own: of damaged files come nearly all that there are
-        reason = str(error) or type(error).__name__
-        raise HTTPException(400, f"The body is not an image that can be read: {reason}") from error
-
-
-async def read_body(request: Request) -> bytes:
-    """The body of a request; status 400 if it is empty, 413 if it is too large."""
+async def read_body(request: Request, max_bytes: int = Limits.max_bytes) -> bytes:
+    """The body of a request; status 400 if it is empty, 413 if it is too large, 499 if the client has gone."""
+    too_large = HTTPException(413, f"The body has more than {max_bytes} bytes.")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced[:20]) > max_bytes:
+        raise too_large
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BYTES:
-            raise HTTPException(413, f"The body has more than {MAX_BYTES} bytes.")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_bytes:
+                raise too_large
+    except ClientDisconnect:
+        raise HTTPException(CLIENT_GONE, "The client has gone before its request was there.") from None
     if not body:
         raise HTTPException(400, "The body is empty. Send the bytes of an image.")
     return bytes(body)
 
 
-def decode_all(body: bytes, content_type: str, limit: int, num_channels: int) -> list[Image.Image]:
-    """The image that is the body; or those in a JSON body `{"images": [<base64>, ...]}`, no more than `limit`."""
+def split_body(body: bytes, content_type: str, max_images: int) -> list[bytes]:
+    """The files in a body, none of them decoded: the body itself, or those in `{"images": [<base64>, ...]}`; status 400
+    if it is something else, 413 if they are too many."""
     if not content_type.startswith("application/json"):
-        return [decode(body, num_channels)]
+        return [body]
     try:
-        encoded = json.loads(body)["images"]
+        content = json.loads(body)
+        encoded = content["images"]
+        if not isinstance(encoded, list):
+            raise TypeError(f"images is {type(encoded).__name__}")
+        if len(encoded) > max_images:  # before they are decoded: a small file may hold a large image
+            raise HTTPException(413, f"{len(encoded)} images in a request; {max_images} are the limit.")
         files = [base64.b64decode(text, validate=True) for text in encoded]
     except (ValueError, KeyError, TypeError, RecursionError, binascii.Error) as error:
         raise HTTPException(400, f'Expected {{"images": [<base64>, ...]}}: {error!r}') from error
     if not files:
         raise HTTPException(400, "There are no images in the list.")
-    if len(files) > limit:  # before they are decoded: a small file may hold a large image
-        raise HTTPException(413, f"{len(files)} images in a request; {limit} are the limit.")
-    return [decode(file, num_channels) for file in files]
+    return files
+
+
+def open_images(files: list[bytes], max_pixels: int = Limits.max_pixels) -> list[Image.Image]:
+    """The images in files, none of them decoded; status 400 if one is none, 413 if together they are too large."""
+    images: list[Image.Image] = []
+    pixels = 0
+    for data in files:
+        with _readable():
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        pixels += image.width * image.height
+        if pixels > max_pixels:
+            raise HTTPException(
+                413, f"The image has {image.size} pixels; {max_pixels} in all images of a request are the limit."
+            )
+        images.append(image)
+    return images
+
+
+def decode(image: Image.Image, num_channels: int = 3) -> Image.Image:
+    """An opened image in RGB, or with one channel in grey, as its camera was held; status 400 if it is damaged."""
+    with _readable():
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_channels(image, num_channels)
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """What Pillow raises for a file becomes status 400."""
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise HTTPException(400, f"The body is not an image of a known format ({', '.join(FORMATS)}).") from error
+    except Exception as error:  # Pillow has no type of its own: of damaged files come nearly all that there are
+        reason = str(error) or type(error).__name__
+        raise HTTPException(400, f"The body is not an image that can be read: {reason}") from error

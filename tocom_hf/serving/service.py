@@ -4,6 +4,8 @@
 One model stays in memory. Requests that arrive while it is busy form the next batch, and `DegreePolicy` picks the
 degree of every batch from the length of the queue. A change of degree rewrites the weights that plugins fold into in
 place, between two batches.
+
+No client may cost the others much: see `Limits`. What cannot be served in time is refused before its body is read.
 """
 
 import asyncio
@@ -15,27 +17,35 @@ from typing import Any
 import torch
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
-from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from tocom_hf.data.colour import find_num_channels, model_channels
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.serving.batching import Batcher, Metrics, OverloadedError
+from tocom_hf.serving.limits import Deadline, Limits
 from tocom_hf.serving.policy import DegreePolicy
-from tocom_hf.serving.requests import decode_all, read_body
+from tocom_hf.serving.requests import CLIENT_GONE, decode, open_images, read_body, split_body
 
 
 def create_app(
-    model: TocomModel, processor: Any, policy: DegreePolicy, max_queue: int | None = None, top_k: int = 5
+    model: TocomModel,
+    processor: Any,
+    policy: DegreePolicy,
+    max_queue: int | None = None,
+    top_k: int = 5,
+    limits: Limits | None = None,
 ) -> FastAPI:
-    """The service. Its `state.batcher` and `state.metrics` are there to be looked at.
+    """The service. Its `state.batcher` and `state.metrics` are there to be looked at; `state.stop()` lets it refuse new
+    requests, and those whose bodies have not arrived.
 
     Raises:
         ArgumentError: if the processor makes other images than the model takes.
     """
+    limits = limits or Limits()
     num_channels = find_num_channels(processor, model_channels(model.config))
     metrics = Metrics()
     batcher = Batcher(model, policy, max_queue, metrics)
+    front = _Front(batcher, limits)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -46,9 +56,11 @@ def create_app(
         await asyncio.wait([worker])
 
     app = FastAPI(title="tocom_hf", lifespan=lifespan)
-    app.state.batcher, app.state.metrics = batcher, metrics
+    app.state.batcher, app.state.metrics, app.state.limits = batcher, metrics, limits
+    app.state.stop = front.stop
 
-    def preprocess(images: list[Image.Image]) -> torch.Tensor:
+    def prepare(files: list[bytes]) -> torch.Tensor:
+        images = [decode(image, num_channels) for image in open_images(files, limits.max_pixels)]
         try:
             return processor(images, return_tensors="pt")["pixel_values"]
         except ValueError as error:  # a processor that does not resize, and images of several sizes
@@ -74,16 +86,18 @@ def create_app(
     @app.post("/predict")
     async def predict(request: Request) -> Response:
         start = time.perf_counter()
-        body = await read_body(request)
         try:
-            batcher.require_room(1)
-            # large images take a while: other requests go on meanwhile
-            content_type = request.headers.get("content-type", "")
-            images = await asyncio.to_thread(decode_all, body, content_type, policy.max_batch_size, num_channels)
-            pixel_values = await asyncio.to_thread(preprocess, images)
-            answer = await batcher.classify(pixel_values)
+            body = await front.receive(request)
+            async with front.until_gone(request):
+                content_type = request.headers.get("content-type", "")
+                max_images = limits.max_images or policy.max_batch_size
+                files = await asyncio.to_thread(split_body, body, content_type, max_images)
+                with batcher.room_for(len(files)):
+                    # large images take a while: other requests go on meanwhile
+                    pixel_values = await asyncio.to_thread(prepare, files)
+                answer = await batcher.classify(pixel_values)
         except OverloadedError as error:
-            raise HTTPException(503, str(error), headers={"Retry-After": "1"}) from error
+            raise unavailable(str(error), error.retry_after) from error
         except ValueError as error:  # a size that the model does not take
             raise HTTPException(400, f"The model refuses the images: {error}") from error
         metrics.requests.labels(200).inc()
@@ -104,7 +118,63 @@ def create_app(
     @app.get("/healthz")
     async def health() -> Response:
         alive = not app.state.worker.done()
-        content = {"status": "ok" if alive else "the worker has stopped", "target_r": model.target_r}
-        return JSONResponse(content, 200 if alive else 503)
+        status = "stopping" if front.stopping else "ok" if alive else "the worker has stopped"
+        content = {"status": status, "target_r": model.target_r}
+        return JSONResponse(content, 200 if status == "ok" else 503)
 
     return app
+
+
+def unavailable(message: str, retry_after: int) -> HTTPException:
+    """Status 503, and when to ask again."""
+    return HTTPException(503, message, headers={"Retry-After": str(retry_after)})
+
+
+class _Front:
+    """What stands before the queue: whoever is slow, gone or too late comes no further."""
+
+    def __init__(self, batcher: Batcher, limits: Limits):
+        self.batcher, self.limits = batcher, limits
+        self.stopping = False
+        self._receiving: set[Deadline] = set()
+
+    def stop(self) -> None:
+        """Refuse new requests, and those whose bodies have not arrived. What has is answered."""
+        self.stopping = True
+        for deadline in self._receiving:
+            deadline.end(self._stopping())
+
+    async def receive(self, request: Request) -> bytes:
+        """The body of a request, which is refused before it is read where it could not be served."""
+        if self.stopping:
+            raise self._stopping()
+        self.batcher.require_room(1)
+        seconds = self.limits.receive_seconds
+        late = f"The body has not arrived within {seconds:g} s."
+        deadline = Deadline(seconds, HTTPException(408, late, headers={"Connection": "close"}))
+        self._receiving.add(deadline)
+        try:
+            async with deadline:
+                return await read_body(request, self.limits.max_bytes)
+        finally:
+            self._receiving.discard(deadline)
+
+    @asynccontextmanager
+    async def until_gone(self, request: Request) -> AsyncIterator[None]:
+        """Bound the time for an answer, and end the block when the client has gone: nobody would read the answer."""
+        seconds = self.limits.answer_seconds
+        late = f"There is no answer within {seconds:g} s. Try again later."
+        async with Deadline(seconds, unavailable(late, self.batcher.retry_after())) as deadline:
+            watch = asyncio.create_task(self._watch(request, deadline))
+            try:
+                yield
+            finally:
+                watch.cancel()
+
+    async def _watch(self, request: Request, deadline: Deadline) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        deadline.end(HTTPException(CLIENT_GONE, "The client has gone before its answer was there."))
+
+    def _stopping(self) -> HTTPException:
+        return unavailable("The service is stopping. Try again later.", self.batcher.retry_after())
