@@ -33,6 +33,10 @@ def started(request):
     return start
 
 
+# so large that it is decoded in a thread
+LARGE = picture(size=(300, 300))
+
+
 def many(*pictures):
     return {"images": [base64.b64encode(data).decode() for data in pictures]}
 
@@ -135,7 +139,7 @@ def test_images_that_are_decoded_hold_their_places(started, monkeypatch):
     going_on, inner = threading.Event(), module.open_images
     monkeypatch.setattr(module, "open_images", lambda *given: going_on.wait(30) and inner(*given))
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(client.post, "/predict", json=many(picture(), picture(1)))
+        first = pool.submit(client.post, "/predict", json=many(LARGE, LARGE))
         service.wait_until(lambda: service.batcher.preparing == 2)
         assert client.post("/predict", content=picture()).status_code == 503
         going_on.set()

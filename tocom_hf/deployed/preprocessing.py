@@ -90,8 +90,8 @@ class Preprocessing:
             num_channels=num_channels,
         )
 
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """The input for one image: float32 `(channels, height, width)`.
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """An image before it is rescaled and normalised: uint8 `(channels, height, width)`.
 
         Raises:
             DatasetError: if its pixels have no known range.
@@ -99,14 +99,24 @@ class Preprocessing:
         if self.convert_rgb and ("A" in image.getbands() or image.info.get("transparency") is not None):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-        image = to_channels(image, self.num_channels)
+        if image.mode != ("RGB" if self.num_channels == 3 else "L"):
+            image = to_channels(image, self.num_channels)
         if self.size is not None:
             height, width = self._resized(image)
             image = image.resize((width, height), resample=Image.Resampling(self.resample))
         pixels = np.asarray(image)
-        pixels = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)  # (channels, height, width)
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)  # (channels, height, width)
         if self.crop is not None:
             pixels = _center_crop(pixels, *self.crop)
+        return pixels
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """The input for one image: float32 `(channels, height, width)`.
+
+        Raises:
+            DatasetError: as `pixels` does.
+        """
+        pixels = self.pixels(image)
         values = pixels.astype(np.float32)
         if self.rescale is not None:
             values = (pixels.astype(np.float64) * self.rescale).astype(np.float32)
@@ -114,6 +124,13 @@ class Preprocessing:
             mean, std = (np.asarray(numbers, np.float32)[:, None, None] for numbers in (self.mean, self.std))
             values = (values - mean) / std
         return np.ascontiguousarray(values)
+
+    def scale_and_shift(self) -> tuple[np.ndarray, np.ndarray]:
+        """Two of float32 `(channels,)`: `pixels * scale + shift` is what a call returns, up to rounding."""
+        mean = np.zeros(self.num_channels) if self.mean is None else np.asarray(self.mean)
+        std = np.ones(self.num_channels) if self.std is None else np.asarray(self.std)
+        scale = (1.0 if self.rescale is None else self.rescale) / std
+        return scale.astype(np.float32), (-mean / std).astype(np.float32)
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
         """Height and width of an image behind the resizing."""

@@ -16,9 +16,17 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.serving.policy import DegreePolicy
+from tocom_hf.serving.preparing import Preparation
 
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+
+
+# Clients that were answered together ask again at about the same time. Without a wait, the first of them would get a
+# batch of its own, which takes a small model nearly as long as a full one, and all others would wait for that. So the
+# next batch begins when as many images are there as the last one had, or after this share of the time that it took, and
+# no later than after some time in which a large model could not have done much.
+_WAVE_SHARE, _WAVE_SECONDS = 0.5, 0.02
 
 
 class Metrics:
@@ -28,6 +36,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         where: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("tocom_requests", "Answered requests by status code", ["status"], **where)
+        self.answered = self.requests.labels(200)
         self.latency = Histogram(
             "tocom_request_seconds", "Time to an answer with status 200", buckets=LATENCY_BUCKETS, **where
         )
@@ -38,9 +47,26 @@ class Metrics:
         self.degree = Gauge("tocom_target_r", "Degree of the last batch", **where)
 
 
+@dataclass
+class Answer:
+    """What the model says about the images of one request.
+
+    Attributes:
+        best: For each image the classes with the highest scores, and these: `(index, score)`, the best first.
+        target_r: The degree that they were computed at.
+        waited: Seconds in the queue.
+        computed: Seconds that the batch took.
+    """
+
+    best: list[list[tuple[int, float]]]
+    target_r: int
+    waited: float
+    computed: float
+
+
 @dataclass(eq=False)
 class Job:
-    """The images of one request, float32 `(n, channels, height, width)`, and where their answer goes."""
+    """The images of one request, `(n, channels, height, width)`, prepared, and where their answer goes."""
 
     pixel_values: torch.Tensor
     answer: asyncio.Future
@@ -67,16 +93,27 @@ class Batcher:
         policy: Picks the degree of every batch.
         max_queue: Images that may wait; by default what the policy says can be served in time.
         metrics: Where to count.
+        preparation: Has prepared the images, and finishes a batch of them.
+        top_k: Classes in an answer.
     """
 
-    def __init__(self, model: TocomModel, policy: DegreePolicy, max_queue: int | None, metrics: Metrics):
-        self.model, self.policy = model, policy
+    def __init__(
+        self,
+        model: TocomModel,
+        policy: DegreePolicy,
+        max_queue: int | None,
+        metrics: Metrics,
+        preparation: Preparation,
+        top_k: int,
+    ):
+        self.model, self.policy, self.preparation, self.top_k = model, policy, preparation, top_k
         self.max_queue, self.metrics = max_queue, metrics
         self.jobs: deque[Job] = deque()
         self.queued = 0
         self.preparing = 0
         self.running = False
-        self._arrival = asyncio.Event()
+        self._arrival, self._wanted = asyncio.Event(), 1
+        self._wave, self._wave_end = 1, 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
 
     def require_room(self, count: int) -> None:
@@ -106,12 +143,13 @@ class Batcher:
         finally:
             self.preparing -= count
 
-    async def classify(self, pixel_values: torch.Tensor) -> dict[str, Any]:
+    async def classify(self, pixel_values: torch.Tensor) -> Answer:
         """Wait in the queue and return the answer. Whoever is cancelled meanwhile leaves the queue."""
         job = Job(pixel_values, asyncio.get_running_loop().create_future())
         self.jobs.append(job)
         self._count(len(pixel_values))
-        self._arrival.set()
+        if self.queued >= self._wanted:
+            self._arrival.set()
         try:
             return await job.answer
         except asyncio.CancelledError:
@@ -124,14 +162,24 @@ class Batcher:
         """Serve batches until cancelled. A batch that runs then goes on in its thread: see `running`."""
         try:
             while True:
-                await self._arrival.wait()
-                self._arrival.clear()
-                while self.jobs:
+                await self._wait_for(1, None)
+                await self._wait_for(self._wave, self._wave_end)
+                if self.jobs:  # clients may have gone meanwhile
                     await self._serve_batch()
         finally:
             for job in self.jobs:
                 job.answer.cancel()
             self._thread.shutdown(wait=False)
+
+    async def _wait_for(self, images: int, until: float | None) -> None:
+        """Wait until so many images are there, or the clock of the event loop has come to a time."""
+        self._wanted = images
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                while self.queued < images:
+                    self._arrival.clear()
+                    await self._arrival.wait()
+        self._wanted = 1
 
     async def _serve_batch(self) -> None:
         degree, jobs = self.policy.choose(self.queued), [self.jobs.popleft()]
@@ -147,24 +195,25 @@ class Batcher:
         pixel_values = torch.cat([job.pixel_values for job in jobs])
         start = time.perf_counter()
         try:
-            scores = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, pixel_values, degree)
+            best = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, pixel_values, degree)
         except Exception as error:
             for job in jobs:
                 if not job.answer.done():
                     job.answer.set_exception(error)
             return
         seconds = time.perf_counter() - start
+        patience = min(_WAVE_SHARE * seconds, _WAVE_SECONDS)
+        self._wave, self._wave_end = size, asyncio.get_running_loop().time() + patience
         self.policy.observe(degree, size, seconds)
         self.metrics.batches.observe(size)
         self.metrics.images.labels(degree).inc(size)
         self.metrics.degree.set(degree)
         for job in jobs:
-            own, scores = scores[: len(job.pixel_values)], scores[len(job.pixel_values) :]
+            own, best = best[: len(job.pixel_values)], best[len(job.pixel_values) :]
             if not job.answer.done():  # the client may have gone
-                waited = start - job.arrived
-                job.answer.set_result({"scores": own, "target_r": degree, "waited": waited, "computed": seconds})
+                job.answer.set_result(Answer(own, degree, start - job.arrived, seconds))
 
-    def _run(self, pixel_values: torch.Tensor, degree: int) -> list[list[float]]:
+    def _run(self, pixel_values: torch.Tensor, degree: int) -> list[list[tuple[int, float]]]:
         self.running = True
         try:
             return self._forward(pixel_values, degree)
@@ -172,12 +221,14 @@ class Batcher:
             self.running = False
 
     @torch.inference_mode()
-    def _forward(self, pixel_values: torch.Tensor, degree: int) -> list[list[float]]:
+    def _forward(self, pixel_values: torch.Tensor, degree: int) -> list[list[tuple[int, float]]]:
         if degree != self.model.target_r:
             self.model.set_target_r(degree)
             self.metrics.switches.inc()
-        logits = self.model(pixel_values=pixel_values.to(self.model.device, self.model.dtype)).logits
-        return logits.float().softmax(-1).tolist()
+        pixel_values = self.preparation.finish(pixel_values, self.model.device, self.model.dtype)
+        logits = self.model(pixel_values=pixel_values).logits
+        scores, indices = logits.float().softmax(-1).topk(self.top_k)
+        return [[*zip(*row, strict=True)] for row in zip(indices.tolist(), scores.tolist(), strict=True)]
 
     def _count(self, change: int) -> None:
         self.queued += change

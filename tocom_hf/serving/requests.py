@@ -8,14 +8,19 @@ import io
 import json
 from collections.abc import Iterator
 
-from fastapi import HTTPException, Request
+from fastapi import HTTPException
 from PIL import Image, ImageOps, UnidentifiedImageError
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 
 from tocom_hf.data.colour import to_channels
 from tocom_hf.serving.limits import Limits
 
 
+# What a thread would take longer to be handed than to decode. Compressed text and colour profiles are left out, and
+# progressive JPEG: a small file of these can take long.
+QUICK_BYTES, QUICK_PIXELS = 64 * 2**10, 2**15
+_QUICK_STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+_SLOW_PARTS = (b"zTXt", b"iTXt", b"iCCP", b"\xff\xc2")
 # nginx's status for a client that has gone: nobody reads it, but /metrics counts it
 CLIENT_GONE = 499
 # not all that Pillow reads: some it hands to other programs
@@ -77,11 +82,23 @@ def open_images(files: list[bytes], max_pixels: int = Limits.max_pixels) -> list
     return images
 
 
+def is_quick(data: bytes) -> bool:
+    """Whether a file is opened in no time, so that it may be without a thread of its own."""
+    return len(data) <= QUICK_BYTES and data.startswith(_QUICK_STARTS) and not any(part in data for part in _SLOW_PARTS)
+
+
 def decode(image: Image.Image, num_channels: int = 3) -> Image.Image:
     """An opened image in RGB, or with one channel in grey, as its camera was held; status 400 if it is damaged."""
     with _readable():
         ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == ("RGB" if num_channels == 3 else "L"):
+            return image
         return to_channels(image, num_channels)
+
+
+def decode_all(body: bytes, content_type: str, limit: int, num_channels: int) -> list[Image.Image]:
+    """All images of a body, one step after the other: `split_body`, `open_images`, `decode`."""
+    return [decode(image, num_channels) for image in open_images(split_body(body, content_type, limit))]
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from tocom_hf.errors import ArgumentError
 from tocom_hf.serving.connections import limited_protocol
@@ -77,7 +77,7 @@ def _max_open_files() -> float:
     return math.inf if allowed == resource.RLIM_INFINITY else allowed
 
 
-def make_server(app: FastAPI, listener: socket.socket, started: Callable[[str], None] = lambda address: None) -> Any:
+def make_server(app: Starlette, listener: socket.socket, started: Callable[[str], None] = lambda address: None) -> Any:
     """A `uvicorn.Server` with the application's limits: `run(sockets=[listener])` serves until `should_exit` is set.
 
     Args:
@@ -111,7 +111,7 @@ def make_server(app: FastAPI, listener: socket.socket, started: Callable[[str], 
 
 
 def serve_until_stopped(
-    app: FastAPI, listener: socket.socket, started: Callable[[str], None] = lambda address: None
+    app: Starlette, listener: socket.socket, started: Callable[[str], None] = lambda address: None
 ) -> None:
     """Serve until SIGTERM or SIGINT. What waits then is answered, within `Limits.answer_seconds`; new connections are
     refused. Takes the arguments of `make_server`, and must be called in the main thread.

@@ -15,16 +15,31 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import torch
-from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import HTTPException
+from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from tocom_hf.data.colour import find_num_channels, model_channels
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.serving.batching import Batcher, Metrics, OverloadedError
 from tocom_hf.serving.limits import Deadline, Limits
 from tocom_hf.serving.policy import DegreePolicy
-from tocom_hf.serving.requests import CLIENT_GONE, decode, open_images, read_body, split_body
+from tocom_hf.serving.preparing import Preparation
+from tocom_hf.serving.requests import (
+    CLIENT_GONE,
+    QUICK_BYTES,
+    QUICK_PIXELS,
+    decode,
+    is_quick,
+    open_images,
+    read_body,
+    split_body,
+)
 
 
 def create_app(
@@ -34,94 +49,107 @@ def create_app(
     max_queue: int | None = None,
     top_k: int = 5,
     limits: Limits | None = None,
-) -> FastAPI:
+) -> Starlette:
     """The service. Its `state.batcher` and `state.metrics` are there to be looked at; `state.stop()` lets it refuse new
     requests, and those whose bodies have not arrived.
 
     Raises:
         ArgumentError: if the processor makes other images than the model takes.
     """
+    config: Any = model.config
     limits = limits or Limits()
-    num_channels = find_num_channels(processor, model_channels(model.config))
+    num_channels = find_num_channels(processor, model_channels(config))
+    preparation = Preparation(processor, num_channels)
     metrics = Metrics()
-    batcher = Batcher(model, policy, max_queue, metrics)
+    batcher = Batcher(model, policy, max_queue, metrics, preparation, min(top_k, config.num_labels))
     front = _Front(batcher, limits)
+    labels = [config.id2label[index] for index in range(config.num_labels)]
+    max_images = limits.max_images or policy.max_batch_size
+
+    async def split(request: Request, body: bytes) -> list[bytes]:
+        content_type = request.headers.get("content-type", "")
+        if len(body) <= QUICK_BYTES or not content_type.startswith("application/json"):
+            return split_body(body, content_type, max_images)
+        return await asyncio.to_thread(split_body, body, content_type, max_images)
+
+    async def prepare(files: list[bytes]) -> torch.Tensor:
+        if not all(map(is_quick, files)):
+            # large images take a while: other requests go on meanwhile
+            return await asyncio.to_thread(lambda: finish(open_images(files, limits.max_pixels)))
+        images = open_images(files, limits.max_pixels)
+        if preparation.stand_in is None or sum(image.width * image.height for image in images) > QUICK_PIXELS:
+            return await asyncio.to_thread(finish, images)
+        return finish(images)
+
+    def finish(images: list[Image.Image]) -> torch.Tensor:
+        try:
+            return preparation.prepare(decode(image, num_channels) for image in images)
+        except ValueError as error:  # a processor that does not resize, and images of several sizes
+            raise HTTPException(400, f"The images cannot be prepared for the model: {error}") from error
+
+    async def predict(request: Request) -> Response:
+        start = time.perf_counter()
+        try:
+            body = await front.receive(request)
+            async with front.until_gone(request):
+                files = await split(request, body)
+                with batcher.room_for(len(files)):
+                    pixel_values = await prepare(files)
+                answer = await batcher.classify(pixel_values)
+        except OverloadedError as error:
+            raise unavailable(str(error), error.retry_after) from error
+        except ValueError as error:  # a size that the model does not take
+            raise HTTPException(400, f"The model refuses the images: {error}") from error
+        metrics.answered.inc()
+        metrics.latency.observe(time.perf_counter() - start)
+        return JSONResponse(
+            {
+                "predictions": [
+                    [{"label": labels[index], "score": round(score, 4)} for index, score in best]
+                    for best in answer.best
+                ],
+                "target_r": answer.target_r,
+                "waited_ms": round(1e3 * answer.waited, 2),
+                "computed_ms": round(1e3 * answer.computed, 2),
+            }
+        )
+
+    async def show_metrics(request: Request) -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def health(request: Request) -> Response:
+        alive = not app.state.worker.done()
+        status = "stopping" if front.stopping else "ok" if alive else "the worker has stopped"
+        content = {"status": status, "target_r": model.target_r}
+        return JSONResponse(content, 200 if status == "ok" else 503)
+
+    async def refuse(request: Request, error: Any) -> Response:
+        metrics.requests.labels(error.status_code).inc()
+        return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+
+    async def fail(request: Request, error: Exception) -> Response:
+        metrics.requests.labels(500).inc()
+        return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 500)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         worker = asyncio.create_task(batcher.run())
         app.state.worker = worker
         yield
         worker.cancel()
         await asyncio.wait([worker])
 
-    app = FastAPI(title="tocom_hf", lifespan=lifespan)
+    app = Starlette(
+        routes=[
+            Route("/predict", predict, methods=["POST"]),
+            Route("/metrics", show_metrics),
+            Route("/healthz", health),
+        ],
+        exception_handlers={AnyHTTPException: refuse, Exception: fail},
+        lifespan=lifespan,
+    )
     app.state.batcher, app.state.metrics, app.state.limits = batcher, metrics, limits
     app.state.stop = front.stop
-
-    def prepare(files: list[bytes]) -> torch.Tensor:
-        images = [decode(image, num_channels) for image in open_images(files, limits.max_pixels)]
-        try:
-            return processor(images, return_tensors="pt")["pixel_values"]
-        except ValueError as error:  # a processor that does not resize, and images of several sizes
-            raise HTTPException(400, f"The images cannot be prepared for the model: {error}") from error
-
-    config: Any = model.config
-    labels = [config.id2label[index] for index in range(config.num_labels)]
-
-    def top(scores: list[float]) -> list[dict[str, Any]]:
-        order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:top_k]
-        return [{"label": labels[index], "score": round(scores[index], 4)} for index in order]
-
-    @app.exception_handler(HTTPException)
-    async def refuse(request: Request, error: HTTPException) -> Response:
-        metrics.requests.labels(error.status_code).inc()
-        return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def fail(request: Request, error: Exception) -> Response:
-        metrics.requests.labels(500).inc()
-        return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 500)
-
-    @app.post("/predict")
-    async def predict(request: Request) -> Response:
-        start = time.perf_counter()
-        try:
-            body = await front.receive(request)
-            async with front.until_gone(request):
-                content_type = request.headers.get("content-type", "")
-                max_images = limits.max_images or policy.max_batch_size
-                files = await asyncio.to_thread(split_body, body, content_type, max_images)
-                with batcher.room_for(len(files)):
-                    # large images take a while: other requests go on meanwhile
-                    pixel_values = await asyncio.to_thread(prepare, files)
-                answer = await batcher.classify(pixel_values)
-        except OverloadedError as error:
-            raise unavailable(str(error), error.retry_after) from error
-        except ValueError as error:  # a size that the model does not take
-            raise HTTPException(400, f"The model refuses the images: {error}") from error
-        metrics.requests.labels(200).inc()
-        metrics.latency.observe(time.perf_counter() - start)
-        return JSONResponse(
-            {
-                "predictions": [top(scores) for scores in answer["scores"]],
-                "target_r": answer["target_r"],
-                "waited_ms": round(1e3 * answer["waited"], 2),
-                "computed_ms": round(1e3 * answer["computed"], 2),
-            }
-        )
-
-    @app.get("/metrics")
-    async def show_metrics() -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/healthz")
-    async def health() -> Response:
-        alive = not app.state.worker.done()
-        status = "stopping" if front.stopping else "ok" if alive else "the worker has stopped"
-        content = {"status": status, "target_r": model.target_r}
-        return JSONResponse(content, 200 if status == "ok" else 503)
-
     return app
 
 
