@@ -634,7 +634,7 @@ API = {
     "distillation": (
         "Distillation",
         "For those who make a plugin set from Python instead of the command line.",
-        ["distill", "DistillationArguments"],
+        ["distill", "fit_plugins", "DistillationArguments"],
     ),
     "export": (
         "Export",
