@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from helpers.families import COMMON, FAMILIES, SIMILAR, NaflexFamily
-from helpers.models import make_model
 
 from tocom_hf import (
     ArgumentError,
@@ -55,7 +54,7 @@ def agreement(model, images, wanted):
 
 def test_an_update_solves_the_normal_equations():
     """The first one that is not zero, of full rank: that of the first layer's MLP, of which nothing else was mended."""
-    model, images, degree = make_backbone(), images_for(12), 4
+    model, images, degree = make_backbone(), images_for(60), 4
     pixel_values = torch.stack([image["pixel_values"] for image in images])
     layer, seen = model.encoder.layer[0], {}
     handles = [
@@ -79,17 +78,30 @@ def test_an_update_solves_the_normal_equations():
     remove_tome(model)
 
     size, hidden = inputs.shape[-1], teacher.shape[-1]
-    gram, moment = np.zeros((size, size)), np.zeros((size, hidden))
+    gram, moment = np.zeros((2, size, size)), np.zeros((2, size, hidden))
     for image in range(len(images)):
-        patches = positions.shape[1] - 1
+        half, patches = image % 2, positions.shape[1] - 1
         for group in range(student.shape[1]):
             members = np.flatnonzero(positions[image] == group)
             weight = 0.5 if group == 0 else 0.5 * len(members) / patches
             row, wanted = inputs[image, group], teacher[image, members].mean(axis=0) - student[image, group]
-            gram += weight * np.outer(row, row)
-            moment += weight * np.outer(row, wanted)
-    gram += 0.01 * np.diag(gram).mean() * np.eye(size)
-    expected = np.linalg.solve(gram, moment).T / layer.layer_scale2.lambda1.detach().double().numpy()[:, None]
+            gram[half] += weight * np.outer(row, row)
+            moment[half] += weight * np.outer(row, wanted)
+
+    def solution(gram, moment, ridge):
+        return np.linalg.solve(gram + ridge * np.diag(gram).mean() * np.eye(size), moment)
+
+    def error(ridge):  # on the other half, less that of no update
+        total = 0.0
+        for half in (0, 1):
+            update = solution(gram[half], moment[half], ridge)
+            total += np.trace(update.T @ gram[1 - half] @ update) - 2 * np.trace(update.T @ moment[1 - half])
+        return total
+
+    ridge = min((0.003, 0.03, 0.3, 3.0), key=error)
+    assert error(ridge) < 0
+    expected = solution(gram.sum(axis=0), moment.sum(axis=0), ridge).T
+    expected /= layer.layer_scale2.lambda1.detach().double().numpy()[:, None]
 
     plugins = fit_plugins(model, images, max_r=degree, degrees=[degree], rank=hidden)
     composite = plugins.compose(0, degree)
@@ -109,7 +121,7 @@ def test_an_update_solves_the_normal_equations():
 )
 def test_features_come_nearer_to_those_of_the_source_degree(family, source_r):
     model = family.make(layers=3)
-    pixel_values = family.inputs(batch=40)[family.clips or "pixel_values"]
+    pixel_values = family.inputs(batch=120)[family.clips or "pixel_values"]
     images = [{"pixel_values": values} for values in pixel_values]
     lines = []
     plugins = fit_plugins(
@@ -119,7 +131,9 @@ def test_features_come_nearer_to_those_of_the_source_degree(family, source_r):
     assert grid["sources"] == [source_r]
     assert len(lines) == len(grid["degrees"])
     [plain], [tocom] = grid["plain"], grid["tocom"]
-    assert all(after > before for before, after in zip(plain, tocom, strict=True)), (plain, tocom)
+    assert sum(tocom) > sum(plain), (plain, tocom)
+    # on a model of random weights a neighbouring degree has next to nothing to win
+    assert all(after > before - 1e-3 for before, after in zip(plain, tocom, strict=True)), (plain, tocom)
 
 
 def test_the_set_does_on_a_model_what_was_measured():
@@ -166,12 +180,13 @@ def test_a_set_can_be_distilled_further(tmp_path):
 
 
 def test_a_recipe_is_obeyed_and_recorded():
-    recipe = MergeRecipe(match_by="input", schedules={2: [4, 0, 2, 2]})
-    plugins = fit_plugins(make_model().vit, images_for(16), max_r=2, recipe=recipe)
-    assert plugins.config.recipe == recipe
-    other = fit_plugins(make_model().vit, images_for(16), max_r=2)
-    path = "layers.3.mlp.fc2"
-    assert not torch.allclose(plugins.adapter(1)[path].lora_A, other.adapter(1)[path].lora_A, rtol=1e-2, atol=1e-3)
+    recipe, images = MergeRecipe(match_by="input", schedules={6: [12, 0, 8, 6]}), images_for(60)
+    ours = fit_plugins(make_backbone(), images, max_r=6, degrees=[6], recipe=recipe)
+    tomes = fit_plugins(make_backbone(), images, max_r=6, degrees=[6])
+    assert ours.config.recipe == recipe
+    weight, path = torch.zeros(32, 128, dtype=torch.float64), "encoder.layer.0.mlp.fc2"
+    one, other = (plugins.compose(0, 6).apply(path, weight) for plugins in (ours, tomes))
+    assert (one - other).norm() > 0.1 * other.norm() > 0
 
 
 def test_groups_that_overlap_without_nesting_do_not_count():
@@ -211,3 +226,10 @@ def test_layers_of_another_order_of_dimensions_are_refused():
     model = next(family for family in SIMILAR if str(family) == "MLCDVisionModel").make()
     with pytest.raises(UnsupportedModelError, match="another order of dimensions"):
         fit_plugins(model, images_for(4), max_r=2)
+
+
+def test_what_does_not_carry_over_to_other_images_is_left_alone():
+    """Two images say nothing of each other here: a map of one of them errs more on the other than no map."""
+    plugins = fit_plugins(make_backbone(), images_for(2), max_r=1, eval_images=images_for(8, seed=1))
+    grid = plugins.config.training["agreement"]
+    assert grid["tocom"][0][0] >= grid["plain"][0][0] - 1e-3

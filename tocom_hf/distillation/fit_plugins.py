@@ -25,7 +25,7 @@ from tocom_hf.plugins.config import BackboneFacts, PluginSetConfig
 from tocom_hf.plugins.plugin_set import PluginSet
 
 
-_RIDGE = 0.01  # of the mean square of the inputs
+_RIDGES = (0.003, 0.03, 0.3, 3.0)  # what is tried, in units of the mean square of the inputs
 _CLASS_SHARE = 0.5  # what class, distillation and register tokens weigh beside all patches of an image
 _EVAL_BATCH_SIZE = 32
 
@@ -50,7 +50,8 @@ def fit_plugins(
     those of a distillation: the model at `source_r`, and the same one at another degree. While the student runs, once
     for each degree, the two projections of every layer that write to the residual stream, that of attention and that
     of the MLP, get the update of a low rank that takes its tokens nearest to the teacher's, averaged over the same
-    patches (ridge regression of reduced rank). Later layers see what earlier ones have mended.
+    patches (ridge regression of reduced rank, its ridge by what carries over from one half of the images to the other).
+    Later layers see what earlier ones have mended.
 
     The result is an ordinary set for weights trained at `source_r`. Distil it further with `init_plugins`, or use it as
     it is. What it agrees on with the teacher are the images that it was fitted to and others like them: take those of
@@ -312,7 +313,9 @@ class _Regression:
 def _reduced_rank(
     inputs: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ridge regression of reduced rank.
+    """Ridge regression of reduced rank, with the ridge that carries over best from one half of the images to the other.
+
+    Where none of them comes nearer on the other half than no map at all, the map is zero.
 
     Args:
         inputs: `(images, tokens, in)`.
@@ -324,17 +327,43 @@ def _reduced_rank(
         The factors of the map, `(rank, in)` and `(out, rank)`, the strongest directions of its outputs first.
     """
     root = weights.sqrt()
+    halves = [_normal_equations(inputs[half::2], wanted[half::2], root[half::2]) for half in (0, 1)]
+    ridge = _best_ridge(halves)
+    gram, moment = (sum(parts) for parts in zip(*halves, strict=True))
+    full = torch.zeros_like(moment).T if ridge is None else _ridge_map(gram, moment, ridge)  # (out, in)
+    _, directions = torch.linalg.eigh(full @ gram @ full.T)  # (out, out), the strongest last
+    up = directions.flip(1)[:, :rank]  # (out, at most rank)
+    up = F.pad(up, (0, rank - up.shape[1]))
+    return (up.T @ full).float(), up.float()
+
+
+def _normal_equations(
+    inputs: torch.Tensor, wanted: torch.Tensor, root: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The products of inputs with themselves, float64 `(in, in)`, and with what is wanted, `(in, out)`."""
     rows = (inputs * root).flatten(0, 1)  # (rows, in)
     targets = (wanted * root).flatten(0, 1)  # (rows, out)
-    gram = (rows.T @ rows).double()  # (in, in)
-    gram.diagonal().add_(_RIDGE * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
-    full = torch.linalg.solve(gram, (rows.T @ targets).double()).T  # (out, in)
-    fitted = rows @ full.float().T  # (rows, out)
-    _, directions = torch.linalg.eigh((fitted.T @ fitted).double())  # (out, out), the strongest last
-    up = directions.flip(1)[:, :rank]  # (out, at most rank)
-    missing = rank - up.shape[1]
-    up = F.pad(up, (0, missing))
-    return (up.T @ full).float(), up.float()
+    return (rows.T @ rows).double(), (rows.T @ targets).double()
+
+
+def _best_ridge(halves: list[tuple[torch.Tensor, torch.Tensor]]) -> float | None:
+    """Of `_RIDGES` the one whose map from each half errs least on the other; `None` where no map errs less."""
+    best, least = None, 0.0
+    for ridge in _RIDGES:
+        change = 0.0
+        for (gram, moment), (other_gram, other_moment) in (halves, halves[::-1]):
+            found = _ridge_map(gram, moment, ridge)  # (out, in)
+            # the squared error there, less that of no map
+            change += float(((found @ other_gram) * found).sum() - 2 * (found * other_moment.T).sum())
+        if change < least:
+            best, least = ridge, change
+    return best
+
+
+def _ridge_map(gram: torch.Tensor, moment: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The map `(out, in)` of ridge regression. The ridge is in units of the mean square of the inputs."""
+    size = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.linalg.solve(gram + ridge * size * torch.eye(len(gram), device=gram.device), moment).T
 
 
 def _balanced(down: torch.Tensor, up: torch.Tensor) -> Factors:
