@@ -89,7 +89,8 @@ def fit_plugins(
     >>> import torch
     >>> from tocom_hf import fit_plugins
     >>> from transformers import ViTConfig, ViTModel
-    >>> model = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64))
+    >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "image_size": 64}
+    >>> model = ViTModel(ViTConfig(num_hidden_layers=2, num_attention_heads=2, **sizes))
     >>> images = [{"pixel_values": torch.rand(3, 64, 64)} for _ in range(8)]
     >>> fit_plugins(model, images, max_r=3, rank=1, base_model="user/vit")
     PluginSet(base_model='user/vit', source_r=0, r=0..3, rank=1, scale=0.1)
@@ -363,7 +364,9 @@ def _best_ridge(halves: list[tuple[torch.Tensor, torch.Tensor]]) -> float | None
 def _ridge_map(gram: torch.Tensor, moment: torch.Tensor, ridge: float) -> torch.Tensor:
     """The map `(out, in)` of ridge regression. The ridge is in units of the mean square of the inputs."""
     size = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.linalg.solve(gram + ridge * size * torch.eye(len(gram), device=gram.device), moment).T
+    # positive definite, by its ridge
+    factor = torch.linalg.cholesky(gram + ridge * size * torch.eye(len(gram), device=gram.device))
+    return torch.cholesky_solve(moment, factor).T
 
 
 def _balanced(down: torch.Tensor, up: torch.Tensor) -> Factors:
