@@ -189,6 +189,17 @@ def test_a_recipe_is_obeyed_and_recorded():
     assert (one - other).norm() > 0.1 * other.norm() > 0
 
 
+def test_channels_that_do_not_reach_the_residual_stream_are_left_alone():
+    model = make_backbone()
+    with torch.no_grad():
+        model.encoder.layer[0].layer_scale2.lambda1[5] = 0
+    plugins = fit_plugins(model, images_for(60), max_r=4, degrees=[4])
+    change = plugins.compose(0, 4).apply("encoder.layer.0.mlp.fc2", torch.zeros(32, 128))
+    assert change.isfinite().all()
+    assert not change[5].any()
+    assert change[6].any()
+
+
 def test_groups_that_overlap_without_nesting_do_not_count():
     finer = Tokens(torch.zeros(1, 4, 2), torch.tensor([[0, 1, 1, 2, 3]]))
     coarser = Tokens(torch.zeros(1, 3, 2), torch.tensor([[0, 0, 1, 2, 2]]))

@@ -259,7 +259,9 @@ class _Regression:
             wanted = target.averaged(coarser) - student.averaged(coarser)  # (images, groups, out)
             inputs = Tokens(read, before.positions).averaged(coarser)  # (images, groups, in)
             down, up = _reduced_rank(inputs, wanted, weights, rank)
-            up = up / writer.scale[:, None]  # (out, rank)
+            scale = writer.scale[:, None]  # (out, 1)
+            # a channel that does not reach the residual stream is left alone
+            up = torch.where(scale == 0, 0.0, up / scale)  # (out, rank)
             writer.linear.weight += up @ down
             updates[f"{self.backbone.architecture.layers}.{layer}.{writer.path}"] = down, up
             return output + F.linear(F.linear(read, down), up)  # (images, tokens, out)
@@ -308,7 +310,7 @@ class _Regression:
             writer.linear.weight.copy_(original)
 
     def _all_writers(self) -> list[Writer]:
-        return [writer for writers in self.writers for writer in (writers.attention, writers.mlp)]
+        return [writer for writers in self.writers for writer in writers.both]
 
 
 def _reduced_rank(
