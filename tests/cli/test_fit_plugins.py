@@ -3,6 +3,7 @@
 
 import datasets
 import numpy as np
+import pytest
 import torch
 import transformers as hf
 from helpers.models import make_model
@@ -18,28 +19,20 @@ COMMAND = [
 ]  # fmt: skip
 
 
-def test_a_set_is_fitted_recorded_and_used(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def save_images(tmp_path, monkeypatch):
+    """Saves images as `data.parquet` beside a model, in a folder that is the current one."""
     monkeypatch.chdir(tmp_path)
     make_model().save_pretrained("model")
     hf.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained("model")
+    return lambda images: datasets.Dataset.from_dict({"image": images}).to_parquet("data.parquet")
+
+
+def test_a_set_is_fitted_recorded_and_used(save_images, capsys):
     generator = np.random.default_rng(0)
-    images = [Image.fromarray(generator.integers(0, 256, (32, 32, 3), np.uint8)) for _ in range(20)]
-    datasets.Dataset.from_dict({"image": images}).to_parquet("data.parquet")
-    arguments = [
-        "--model_name_or_path",
-        "model",
-        "--dataset_name",
-        "data.parquet",
-        "--max_r",
-        "4",
-        "--degrees",
-        "2",
-        "4",
-    ]
-    assert (
-        cli.main(["fit-plugins", *arguments, "--num_eval_images", "8", "--dtype", "float16", "--output_dir", "set"])
-        == 0
-    )
+    save_images([Image.fromarray(generator.integers(0, 256, (32, 32, 3), np.uint8)) for _ in range(20)])
+    more = ["--degrees", "2", "4", "--num_eval_images", "8", "--dtype", "float16"]
+    assert cli.main([*COMMAND, *more]) == 0
     assert "r = 2: cosine to r = 0 0." in capsys.readouterr().out
     plugins = PluginSet.from_pretrained("set")
     config = plugins.config
@@ -52,21 +45,8 @@ def test_a_set_is_fitted_recorded_and_used(tmp_path, monkeypatch, capsys):
         assert model(torch.zeros(1, 3, 32, 32)).logits.isfinite().all()
 
 
-def test_nothing_is_written_where_all_images_would_be_held_out(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    make_model().save_pretrained("model")
-    hf.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained("model")
-    datasets.Dataset.from_dict({"image": [Image.new("RGB", (32, 32))] * 3}).to_parquet("data.parquet")
-    arguments = [
-        "--model_name_or_path",
-        "model",
-        "--dataset_name",
-        "data.parquet",
-        "--max_r",
-        "4",
-        "--output_dir",
-        "set",
-    ]
-    assert cli.main(["fit-plugins", *arguments]) != 0
+def test_nothing_is_written_where_all_images_would_be_held_out(save_images, tmp_path, capsys):
+    save_images([Image.new("RGB", (32, 32))] * 3)
+    assert cli.main(COMMAND) != 0
     assert "Cannot hold out 64 of 3 images" in capsys.readouterr().err
     assert not (tmp_path / "set").exists()

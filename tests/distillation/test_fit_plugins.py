@@ -23,6 +23,7 @@ from tocom_hf import (
     remove_tome,
     trace_tokens,
 )
+from tocom_hf.distillation import fit_plugins as module
 from tocom_hf.distillation.objectives import Features
 from tocom_hf.distillation.residual import Tokens
 from tocom_hf.merging.backbones import find_backbone
@@ -240,7 +241,13 @@ def test_layers_of_another_order_of_dimensions_are_refused():
 
 
 def test_what_does_not_carry_over_to_other_images_is_left_alone():
-    """Two images say nothing of each other here: a map of one of them errs more on the other than no map."""
-    plugins = fit_plugins(make_backbone(), images_for(2), max_r=1, eval_images=images_for(8, seed=1))
-    grid = plugins.config.training["agreement"]
-    assert grid["tocom"][0][0] >= grid["plain"][0][0] - 1e-3
+    """A map fitted to noise errs more on other images than no map; one that there is, is found."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, noise = torch.randn(8, 4, 32, generator=generator), torch.randn(8, 4, 16, generator=generator)
+    weights = torch.full((8, 4, 1), 0.25)
+    down, up = module._reduced_rank(inputs, noise, weights, rank=16)
+    assert not (up @ down).any()
+    real = torch.randn(16, 32, generator=generator)
+    many = torch.randn(80, 4, 32, generator=generator)
+    down, up = module._reduced_rank(many, many @ real.T, torch.full((80, 4, 1), 0.25), rank=16)
+    torch.testing.assert_close(up @ down, real, rtol=0.05, atol=0.05)
