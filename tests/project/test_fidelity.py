@@ -25,6 +25,7 @@ from transformers import (
 from tocom_hf import PluginSet, TocomModel
 from tocom_hf.cost.timing import DegreeCost
 from tocom_hf.data.tasks import load_labelled
+from tocom_hf.evaluation import reports
 from tocom_hf.evaluation.grid import CellRun
 from tocom_hf.evaluation.reports import Report
 
@@ -83,9 +84,12 @@ def test_the_labels_are_what_is_drawn():
         assert abs((np.degrees(np.arctan2(y, x)) - 22.5 * (label + 0.5) + 90) % 180 - 90) < 11.25 + 3
 
 
-def test_the_summary_joins_seeds(tmp_path):
+def test_the_summary_joins_seeds(tmp_path, monkeypatch):
     import run
 
+    # ten reports are written, and none of their pictures looked at
+    monkeypatch.setattr(reports, "plot_heat_map", lambda report, path: None)
+    monkeypatch.setattr(reports, "plot_tradeoff", lambda report, path: None)
     for seed in (0, 1):
         for r in (0, 4):
             runs = [make_run(r, r, seed, 0.9), make_run(r, 4 - r, seed, 0.5, 0.7)]
