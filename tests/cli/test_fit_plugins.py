@@ -31,12 +31,13 @@ def save_images(tmp_path, monkeypatch):
 def test_a_set_is_fitted_recorded_and_used(save_images, capsys):
     generator = np.random.default_rng(0)
     save_images([Image.fromarray(generator.integers(0, 256, (32, 32, 3), np.uint8)) for _ in range(20)])
-    more = ["--degrees", "2", "4", "--num_eval_images", "8", "--dtype", "float16"]
+    more = ["--degrees", "2", "4", "--num_eval_images", "8", "--dtype", "float16", "--no_proportional_attention"]
     assert cli.main([*COMMAND, *more]) == 0
     assert "r = 2: cosine to r = 0 0." in capsys.readouterr().out
     plugins = PluginSet.from_pretrained("set")
     config = plugins.config
     assert (config.base_model, config.source_r, config.max_r, config.dtype) == ("model", 0, 4, "float16")
+    assert not config.proportional_attention
     assert config.training["dataset"] == "data.parquet"
     assert config.training["num_images"] == 12
     assert config.training["agreement"]["images"] == 8

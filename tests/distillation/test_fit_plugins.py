@@ -137,19 +137,25 @@ def test_features_come_nearer_to_those_of_the_source_degree(family, source_r):
     assert all(after > before - 1e-3 for before, after in zip(plain, tocom, strict=True)), (plain, tocom)
 
 
-def test_the_set_does_on_a_model_what_was_measured():
+@pytest.mark.parametrize("proportional", [True, False])
+def test_the_set_does_on_a_model_what_was_measured(proportional):
     model, images, unseen = make_backbone(), images_for(), images_for(16, seed=1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    plugins = fit_plugins(model, images, max_r=4, degrees=[2, 4], eval_images=unseen)
+    plugins = fit_plugins(
+        model, images, max_r=4, degrees=[2, 4], proportional_attention=proportional, eval_images=unseen
+    )
+    assert plugins.config.proportional_attention == proportional
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not find_backbone(model).is_patched
     wanted = features(apply_tome(model, 0), unseen)
     remove_tome(model)
     composed = TocomModel.from_pretrained(model, plugins=plugins, source_r=0, target_r=2)
     grid = plugins.config.training["agreement"]
-    for degree, measured in zip(grid["degrees"], grid["tocom"][0], strict=True):
+    for degree, plain, tocom in zip(grid["degrees"], grid["plain"][0], grid["tocom"][0], strict=True):
         composed.set_target_r(degree)
-        assert agreement(composed, unseen, wanted) == pytest.approx(measured, abs=2e-5)
+        assert agreement(composed, unseen, wanted) == pytest.approx(tocom, abs=2e-5)
+        merged = apply_tome(make_backbone(), degree, proportional_attention=proportional)
+        assert agreement(merged, unseen, wanted) == pytest.approx(plain, abs=2e-5)
 
 
 def test_the_same_images_give_the_same_set_whatever_the_scale():

@@ -31,6 +31,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--source_r", type=int, default=0, help="The degree that the weights were trained at.")
     parser.add_argument("--rank", type=positive_integer, default=2, help="Rank h of one plugin.")
     parser.add_argument("--merge_recipe", help="JSON file of `tocom find-recipe`; default: ToMe's rule.")
+    parser.add_argument(
+        "--no_proportional_attention",
+        dest="proportional_attention",
+        action="store_false",
+        help="Do not add the log of token sizes to attention logits.",
+    )
     add_image_options(parser)
     parser.add_argument(
         "--num_eval_images", type=int, default=64, help="Images to hold out, for the agreement that is recorded."
@@ -67,6 +73,7 @@ def fit(args: argparse.Namespace) -> None:
         source_r=args.source_r,
         rank=args.rank,
         recipe=recipe,
+        proportional_attention=args.proportional_attention,
         eval_images=eval_samples,
         base_model=args.model_name_or_path,
         report=lambda line: print(line, flush=True),

@@ -2,7 +2,7 @@
 """A plugin set in closed form: regression of what merging takes off the residual stream, layer by layer, in minutes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ def fit_plugins(
     rank: int = 2,
     scale: float = 0.1,
     recipe: MergeRecipe | None = None,
+    proportional_attention: bool = True,
     eval_images: Dataset | None = None,
     base_model: str | None = None,
     report: Callable[[str], None] | None = None,
@@ -69,6 +70,7 @@ def fit_plugins(
         rank: Rank h of one plugin.
         scale: Factor s of the set.
         recipe: How tokens merge, as in `apply_tome`; by default ToMe's rule.
+        proportional_attention: As in `apply_tome`. Without it attention needs no bias, and plugins have more to mend.
         eval_images: Images for the agreement that is recorded: like `images`, and not among them.
         base_model: Hub id or path of the backbone, for the set's configuration.
         report: Called with a line of text for every degree.
@@ -116,7 +118,8 @@ def fit_plugins(
         raise DatasetError("There are no images to fit plugins to.")
 
     with evaluation_mode(model), torch.no_grad():
-        regression = _Regression(backbone, images, source_r, recipe or TOME_RECIPE, eval_images)
+        rule = _Rule(recipe or TOME_RECIPE, proportional_attention)
+        regression = _Regression(backbone, images, source_r, rule, eval_images)
         try:
             adapters = regression.run(wanted, max_r, rank, scale, report or (lambda line: None))
         finally:
@@ -131,7 +134,10 @@ def fit_plugins(
         target_modules=backbone.find_target_modules(paths),
         trained_scale=scale,
         recommended_scale=scale,
-        merging={"proportional_attention": True, **({} if recipe is None else {"recipe": recipe.to_dict()})},
+        merging={
+            "proportional_attention": proportional_attention,
+            **({} if recipe is None else {"recipe": recipe.to_dict()}),
+        },
         training={
             "method": "regression",
             "num_images": len(images),  # type: ignore[arg-type]
@@ -153,18 +159,23 @@ def _degrees(given: Sequence[int] | None, max_r: int, source_r: int) -> list[int
     return sorted({*degrees, 0, max_r} - {source_r})
 
 
+class _Rule(NamedTuple):
+    """How teacher and student merge, but for their degree; the names are those of `apply_tome`."""
+
+    recipe: MergeRecipe
+    proportional_attention: bool
+
+
 class _Regression:
     """The updates of a model's weights that make up for a change of the degree, found one degree at a time.
 
     The weights of the model are changed in place, as the chain of plugins grows; `undo` puts them back.
     """
 
-    def __init__(
-        self, backbone: Backbone, images: Dataset, source_r: int, recipe: MergeRecipe, eval_images: Dataset | None
-    ):
+    def __init__(self, backbone: Backbone, images: Dataset, source_r: int, rule: _Rule, eval_images: Dataset | None):
         self.backbone = backbone
         self.source_r = source_r
-        self.recipe = recipe
+        self.rule = rule
         self.writers = find_writers(backbone)
         self.originals = [writer.linear.weight.clone() for writer in self._all_writers()]
         self.objective = Features()
@@ -281,13 +292,13 @@ class _Regression:
 
     def _run(self, degree: int, act: WriterHook) -> None:
         """Run all images through the model at a degree, with a call back at every writer."""
-        set_merging(self.backbone, degree, recipe=self.recipe)
+        set_merging(self.backbone, degree, **self.rule._asdict())
         with watched_writers(self.backbone, self.writers, act):
             self.backbone.module(**model_inputs(self.backbone.module, self.backbone, self.pixel_values))
 
     def _features(self, degree: int) -> list[torch.Tensor]:
         """What heads read, of the images for evaluation."""
-        set_merging(self.backbone, degree, recipe=self.recipe)
+        set_merging(self.backbone, degree, **self.rule._asdict())
         return [self.objective.outputs(self.backbone, batch) for batch in self.eval_batches]
 
     def _cosine(self, references: list[torch.Tensor], degree: int) -> float:
