@@ -9,7 +9,7 @@ from helpers.families import FAMILIES
 from helpers.models import make_model, make_plugins
 
 from tocom_hf import TocomModel, UnsupportedModelError, apply_tome
-from tocom_hf.prediction.backends import ModelBackend, scores_of
+from tocom_hf.prediction.backends import ModelBackend
 
 
 PROCESSOR = hf.ViTImageProcessorPil(size={"height": 32, "width": 32})
@@ -69,9 +69,3 @@ def test_maps_are_neither_classes_nor_features():
     )
     with pytest.raises(UnsupportedModelError, match=r"gives .*: neither the classes of an image nor its features"):
         backend_of(hf.ViTForMaskedImageModeling(config).eval())
-
-
-def test_scores_are_those_of_torch():
-    logits = torch.tensor([[3.0, -80.0, 700.0], [0.5, 0.25, -1.0]], dtype=torch.float64)
-    for kind, expected in (("softmax", logits.softmax(-1)), ("sigmoid", logits.sigmoid()), (None, logits)):
-        np.testing.assert_allclose(scores_of(logits.numpy(), kind), expected)

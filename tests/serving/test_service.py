@@ -107,6 +107,19 @@ def test_a_model_of_one_channel_gets_grey_images():
         assert row["score"] == pytest.approx(scores[model.config.label2id[row["label"]]].item(), abs=0.03)
 
 
+def test_classes_that_do_not_exclude_one_another_have_scores_of_their_own():
+    from fastapi.testclient import TestClient
+
+    model, app = make_app(3, COLOUR)
+    model.config.problem_type = "multi_label_classification"
+    with TestClient(app) as client:
+        answer = client.post("/predict", content=encode(Image.new("RGB", (32, 32)))).json()
+    with torch.no_grad():
+        scores = model(pixel_values=torch.full((1, 3, 32, 32), -1.0)).logits.sigmoid()[0]
+    for row in answer["predictions"][0]:
+        assert row["score"] == pytest.approx(scores[model.config.label2id[row["label"]]].item(), abs=1e-4)
+
+
 def test_a_processor_for_other_images_than_the_models_is_refused():
     for num_channels, processor in ((1, COLOUR), (3, GREY)):
         with pytest.raises(ArgumentError, match=rf"takes images of {num_channels} channel.*image_mean"):

@@ -10,6 +10,7 @@ import numpy as np
 
 from tocom_hf.deployed.manifest import LABELS, PROCESSOR, ExportedFolder
 from tocom_hf.deployed.runtimes import RUNTIMES, Run
+from tocom_hf.deployed.scores import best_classes
 from tocom_hf.errors import ArgumentError, DegreeError, UnsupportedInputError
 from tocom_hf.extras import require_extras
 
@@ -221,11 +222,9 @@ class ExportedTocom:
             ArgumentError: if the model has no classes.
         """
         labels = self._require_labels(top_k)
-        scores = _scores(logits, self.manifest.get("scores"))  # (batch, classes)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]  # (batch, top_k)
         return [
-            [Prediction(labels.get(str(label), str(label)), float(row[label])) for label in best]
-            for row, best in zip(scores, order, strict=True)
+            [Prediction(labels.get(str(label), str(label)), score) for label, score in best]
+            for best in best_classes(logits, self.manifest.get("scores"), top_k)
         ]
 
     def _require_labels(self, top_k: int) -> dict[str, Any]:
@@ -296,14 +295,3 @@ def _from_array(array: np.ndarray, index: int) -> "Image.Image":
             "width) or (height, width, channels) with 1, 3 or 4 channels."
         )
     return Image.fromarray(squeezed)
-
-
-def _scores(logits: np.ndarray, kind: str | None) -> np.ndarray:
-    """Scores of logits `(batch, classes)`, float64."""
-    values = logits.astype(np.float64)
-    if kind == "sigmoid":
-        return 1 / (1 + np.exp(-values))
-    if kind == "softmax":
-        powers = np.exp(values - values.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
-    return values

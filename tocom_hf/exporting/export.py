@@ -25,6 +25,7 @@ from tocom_hf.deployed.manifest import (
     PROCESSOR,
     sha256,
 )
+from tocom_hf.deployed.scores import kind_of_scores
 from tocom_hf.errors import ArgumentError
 from tocom_hf.exporting.processors import processor_config
 from tocom_hf.exporting.subject import Subject
@@ -188,9 +189,8 @@ def _manifest(subject: Subject, format: str, standalone: bool, dynamic_batch: bo
 
 def _scores(subject: Subject) -> str | None:
     """How the logits of a classifier become scores; `None` for a head that regresses them, and without classes."""
-    if _labels(subject) is None or subject.model.config.problem_type == "regression":
-        return None
-    return "sigmoid" if subject.model.config.problem_type == "multi_label_classification" else "softmax"
+    labels = _labels(subject)
+    return None if labels is None else kind_of_scores(subject.model.config.problem_type, len(labels))
 
 
 def _labels(subject: Subject) -> dict[str, str] | None:

@@ -17,6 +17,7 @@ from tocom_hf.data.images import open_image
 from tocom_hf.deployed.exported import ExportedTocom
 from tocom_hf.deployed.manifest import LABELS, PROCESSOR, ExportedFolder
 from tocom_hf.deployed.preprocessing import Preprocessing
+from tocom_hf.deployed.scores import kind_of_scores
 from tocom_hf.errors import ArgumentError, TocomError, UnsupportedModelError
 from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.merging.inputs import model_inputs
@@ -95,9 +96,7 @@ class ModelBackend(Backend):
             )
         if logits is not None:
             self.labels = [str((config.id2label or {}).get(label, label)) for label in range(config.num_labels)]
-            kinds = {"multi_label_classification": "sigmoid", "regression": None}
-            # a single output has no others to be compared with
-            self.scores = kinds.get(config.problem_type, None if config.num_labels == 1 else "softmax")
+            self.scores = kind_of_scores(config.problem_type, config.num_labels)
         else:
             self._features(outputs)
         self.fingerprint = _digest([*facts, self.labels, self.scores])
@@ -185,22 +184,6 @@ class ExportBackend(Backend):
         if self._one_at_a_time:
             return np.concatenate([self._exported(image[None]) for image in batch])
         return self._exported(batch)
-
-
-def scores_of(outputs: np.ndarray, kind: str | None) -> np.ndarray:
-    """Scores of outputs `(batch, classes)`, float64.
-
-    Args:
-        outputs: Of a classifier.
-        kind: As in `Backend.scores`.
-    """
-    values = outputs.astype(np.float64)
-    if kind == "sigmoid":
-        return 1 / (1 + np.exp(-values))
-    if kind == "softmax":
-        powers = np.exp(values - values.max(axis=1, keepdims=True))
-        return powers / powers.sum(axis=1, keepdims=True)
-    return values
 
 
 def _contents(model: PreTrainedModel) -> list[Any]:

@@ -15,8 +15,9 @@ import pyarrow as pa
 from datasets.features.features import require_decoding
 from tqdm.auto import tqdm
 
+from tocom_hf.deployed.scores import scores_of
 from tocom_hf.errors import ArgumentError, DatasetError, UnreadableImageError
-from tocom_hf.prediction.backends import Backend, scores_of
+from tocom_hf.prediction.backends import Backend
 from tocom_hf.prediction.parts import Parts
 from tocom_hf.prediction.rows import Rows
 

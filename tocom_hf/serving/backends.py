@@ -13,6 +13,7 @@ from PIL import Image
 from tocom_hf.data.colour import find_num_channels, model_channels
 from tocom_hf.deployed.exported import ExportedTocom, Prediction
 from tocom_hf.deployed.manifest import MANIFEST
+from tocom_hf.deployed.scores import best_classes, kind_of_scores
 from tocom_hf.errors import ArgumentError, DegreeError, UnsupportedInputError
 from tocom_hf.serving.settings import ModelSettings
 
@@ -96,14 +97,14 @@ class TorchBackend(Backend):
         inputs = self._torch.from_numpy(pixel_values).to(self.model.device, self.model.dtype)
         try:
             with self._torch.inference_mode():
-                scores = self.model(pixel_values=inputs).logits.float().softmax(-1)
+                logits = self.model(pixel_values=inputs).logits.float().cpu().numpy()
         except ValueError as error:
             raise UnsupportedInputError(str(error)) from error
-        best = scores.topk(min(top_k, scores.shape[-1]))
-        labels = self.model.config.id2label
+        config = self.model.config
+        kind = kind_of_scores(config.problem_type, logits.shape[1])
         return [
-            [Prediction(labels[index], score) for score, index in zip(*row, strict=True)]
-            for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            [Prediction(config.id2label[label], score) for label, score in best]
+            for best in best_classes(logits, kind, top_k)
         ]
 
     def measure(self, batch_size: int, seconds: float, cache_file: Path) -> dict[int, float]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from tocom_hf.deployed.scores import best_classes, kind_of_scores
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.serving.policy import DegreePolicy
 from tocom_hf.serving.preparing import Preparation
@@ -226,9 +227,9 @@ class Batcher:
             self.model.set_target_r(degree)
             self.metrics.switches.inc()
         pixel_values = self.preparation.finish(pixel_values, self.model.device, self.model.dtype)
-        logits = self.model(pixel_values=pixel_values).logits
-        scores, indices = logits.float().softmax(-1).topk(self.top_k)
-        return [[*zip(*row, strict=True)] for row in zip(indices.tolist(), scores.tolist(), strict=True)]
+        logits = self.model(pixel_values=pixel_values).logits.float().cpu().numpy()
+        kind = kind_of_scores(self.model.config.problem_type, logits.shape[1])
+        return best_classes(logits, kind, self.top_k)
 
     def _count(self, change: int) -> None:
         self.queued += change
