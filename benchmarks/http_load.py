@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 
 ROOT = Path(__file__).parents[1]
@@ -191,11 +193,20 @@ def package_of(commit: str, without: Sequence[str] = ()) -> Iterator[Path]:
         yield Path(folder)
 
 
-async def closed_loop(port: int, requests: list[bytes], clients: int, count: int) -> tuple[float, list[float]]:
+async def closed_loop(
+    port: int, requests: list[bytes], clients: int, count: int, *, may_refuse: bool = False
+) -> tuple[float, list[float]]:
     """Send `count` requests, of which `clients` are open at any time.
 
+    Args:
+        port: Where the service is.
+        requests: What to send, in turn.
+        clients: How many ask. Whoever is answered asks again at once, whoever is refused after 20 ms.
+        count: How many requests there are, those that are refused among them.
+        may_refuse: Whether an answer of 503 is none; otherwise it ends the program, as all others but 200 do.
+
     Returns:
-        The seconds that all of them took, and those of each.
+        The seconds that all of them took, and those of each that was answered.
     """
     seconds: list[float] = []
     numbers = iter(range(count))
@@ -205,6 +216,9 @@ async def closed_loop(port: int, requests: list[bytes], clients: int, count: int
         for number in numbers:
             start = time.perf_counter()
             answer = await connection.ask(requests[number % len(requests)])
+            if answer.status == 503 and may_refuse:
+                await asyncio.sleep(0.02)
+                continue
             if answer.status != 200:
                 raise SystemExit(f"Status {answer.status}: {answer.body!r}")
             seconds.append(time.perf_counter() - start)
@@ -213,3 +227,88 @@ async def closed_loop(port: int, requests: list[bytes], clients: int, count: int
     start = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     return time.perf_counter() - start, seconds
+
+
+class Sendable(Protocol):
+    """A request, and what it says of its answer."""
+
+    request: bytes
+
+    def check(self, content: dict) -> Any:
+        """A verdict about the answer, whatever a benchmark makes of it."""
+
+
+@dataclass
+class Outcome:
+    """What became of one request.
+
+    Attributes:
+        due, done: When it was due, and when it was over.
+        status: 0 where the connection broke.
+        degree: The degree that an answer names.
+        verdict: What the `check` of what was sent says of an answer.
+    """
+
+    due: float
+    done: float
+    status: int
+    degree: int | None = None
+    verdict: Any = None
+
+
+class Load:
+    """Requests at random times, and what becomes of them.
+
+    Args:
+        port: Where the service is.
+        examples: What to send, in turn.
+        retry_seconds: How long a client tries again where the service breaks off, refuses the connection or answers
+            503, first after a tenth of a second, then ever more seldom. It tries once where that is 0.
+    """
+
+    def __init__(self, port: int, examples: Sequence[Sendable], retry_seconds: float = 0.0):
+        self.port, self.examples, self.retry_seconds = port, examples, retry_seconds
+        self.outcomes: list[Outcome] = []
+        self._chance, self._idle = random.Random(0), []
+        self._slots = asyncio.Semaphore(256)
+        self._number = 0
+
+    async def run(self, rate: float, seconds: float) -> None:
+        """Send at `rate` a second for so many seconds, and wait for all answers."""
+        tasks, due = [], time.perf_counter()
+        end = due + seconds
+        while (due := due + self._chance.expovariate(rate)) < end:
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            example = self.examples[self._number % len(self.examples)]
+            self._number += 1
+            tasks.append(asyncio.create_task(self._send(example, due)))
+        await asyncio.gather(*tasks)
+
+    async def _send(self, example: Sendable, due: float) -> None:
+        async with self._slots:
+            self.outcomes.append(await self._ask(example, due))
+
+    async def _ask(self, example: Sendable, due: float) -> Outcome:
+        pause = 0.1
+        while True:
+            connection = self._idle.pop() if self._idle else Connection(self.port)
+            again = time.perf_counter() < due + self.retry_seconds
+            try:
+                answer = await asyncio.wait_for(connection.ask(example.request), 60)
+            except (OSError, TimeoutError):
+                connection.close()
+                if not again:
+                    return Outcome(due, time.perf_counter(), 0)
+                await asyncio.sleep(pause * self._chance.uniform(0.5, 1.5))
+                pause = min(2 * pause, 2.0)
+                continue
+            self._idle.append(connection)
+            if answer.status == 503 and again:
+                await asyncio.sleep(pause * self._chance.uniform(0.5, 1.5))
+                pause = min(2 * pause, 2.0)
+                continue
+            outcome = Outcome(due, time.perf_counter(), answer.status)
+            if answer.status == 200:
+                content = answer.content()
+                outcome.degree, outcome.verdict = content["target_r"], example.check(content)
+            return outcome

@@ -4,6 +4,8 @@
     python benchmarks/serving_faults.py                            # some six minutes, over loopback only
     python benchmarks/serving_faults.py --faults killed --seconds 5 --resume
 
+The rows of Ray need the extra `ray`; without it they are left out.
+
 `tocom serve` answers single images, which come at random times (Poisson) whether or not earlier ones were answered.
 Each answer is compared with what the model itself says about that image at the degree that the answer names: another
 label, or a score that is off by more than 0.01, is wrong. Only images enter whose label is clear at every degree.
@@ -11,8 +13,7 @@ label, or a score that is off by more than 0.01, is wrong. Only images enter who
 
 import argparse
 import asyncio
-import dataclasses
-import random
+import importlib.util
 import signal
 import statistics
 import tempfile
@@ -23,12 +24,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from http_load import CHECKPOINT, Connection, Service, closed_loop, make_request, serving
-from serving_references import Example, make_examples, write_second_checkpoint
+from http_load import CHECKPOINT, Connection, Load, Outcome, Service, closed_loop, make_request, serving
+from ray_service import RayService, ray_serving
+from serving_references import make_examples, write_second_checkpoint
 from sessions import Results, versions
 
 
-ONE_PROCESS = "tocom serve, one process"
+ONE_PROCESS, ON_RAY = "tocom serve, one process", "Ray Serve, two replicas"
 COLUMNS = {
     "service": "service", "fault": "fault", "load": "requests/s offered", "sent": "sent", "answered": "answered",
     "refused": "refused", "lost": "lost", "wrong": "wrong", "p50_ms": "p50 ms", "p95_ms": "p95 ms",
@@ -55,77 +57,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="Add to the rows of --output; leave out what is there.")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "serving_faults")
     return parser.parse_args()
-
-
-@dataclasses.dataclass
-class Outcome:
-    """What became of one request; `status` is 0 where the connection broke."""
-
-    due: float
-    done: float
-    status: int
-    wrong: bool = False
-    degree: int | None = None
-    version: int | None = None
-
-
-class Load:
-    """Requests at random times, and what becomes of them.
-
-    Args:
-        port: Where the service is.
-        examples: What to send.
-        retry_seconds: How long a client tries again where the service breaks off, refuses the connection or answers
-            503, first after a tenth of a second, then ever more seldom. It tries once where that is 0.
-    """
-
-    def __init__(self, port: int, examples: list[Example], retry_seconds: float = 0.0):
-        self.port, self.examples, self.retry_seconds = port, examples, retry_seconds
-        self.outcomes: list[Outcome] = []
-        self._chance, self._idle = random.Random(0), []
-        self._slots = asyncio.Semaphore(256)
-        self._number = 0
-
-    async def run(self, rate: float, seconds: float) -> None:
-        """Send at `rate` a second for so many seconds, and wait for all answers."""
-        tasks, due = [], time.perf_counter()
-        end = due + seconds
-        while (due := due + self._chance.expovariate(rate)) < end:
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            example = self.examples[self._number % len(self.examples)]
-            self._number += 1
-            tasks.append(asyncio.create_task(self._send(example, due)))
-        await asyncio.gather(*tasks)
-
-    async def _send(self, example: Example, due: float) -> None:
-        async with self._slots:
-            self.outcomes.append(await self._ask(example, due))
-
-    async def _ask(self, example: Example, due: float) -> Outcome:
-        pause = 0.1
-        while True:
-            connection = self._idle.pop() if self._idle else Connection(self.port)
-            again = time.perf_counter() < due + self.retry_seconds
-            try:
-                answer = await asyncio.wait_for(connection.ask(example.request), 60)
-            except (OSError, TimeoutError):
-                connection.close()
-                if not again:
-                    return Outcome(due, time.perf_counter(), 0)
-                await asyncio.sleep(pause * self._chance.uniform(0.5, 1.5))
-                pause = min(2 * pause, 2.0)
-                continue
-            self._idle.append(connection)
-            if answer.status == 503 and again:
-                await asyncio.sleep(pause * self._chance.uniform(0.5, 1.5))
-                pause = min(2 * pause, 2.0)
-                continue
-            outcome = Outcome(due, time.perf_counter(), answer.status)
-            if answer.status == 200:
-                content = answer.content()
-                outcome.degree = content["target_r"]
-                outcome.version, outcome.wrong = example.check(content)
-            return outcome
 
 
 class Bench:
@@ -159,7 +90,15 @@ class Bench:
         """The first requests of a service take longer than all others."""
         await closed_loop(self.args.port, [example.request for example in self.examples], 8, 100)
 
-    def row(self, fault: str, load: str, outcomes: list[Outcome], since: float, notes: str) -> dict:
+    def ray_service(self) -> RayService:
+        args = self.args
+        return RayService(
+            args.port, replicas=2, latency_ms=args.latency_ms, max_batch_size=args.max_batch_size, threads=args.threads
+        )
+
+    def row(
+        self, fault: str, load: str, outcomes: list[Outcome], since: float, notes: str, service: str = ONE_PROCESS
+    ) -> dict:
         """A row of the table, from what became of requests; `since` is when the fault began."""
         objective = self.args.latency_ms / 1e3
         answered = [1e3 * (outcome.done - outcome.due) for outcome in outcomes if outcome.status == 200]
@@ -170,10 +109,10 @@ class Bench:
         ]  # fmt: skip
         cuts = statistics.quantiles(answered, n=100)
         return {
-            "service": ONE_PROCESS, "fault": fault, "load": load, "sent": len(outcomes), "answered": len(answered),
+            "service": service, "fault": fault, "load": load, "sent": len(outcomes), "answered": len(answered),
             "refused": ", ".join(f"{count} with {status}" for status, count in sorted(refused.items())) or "0",
             "lost": sum(outcome.status == 0 for outcome in outcomes),
-            "wrong": sum(outcome.wrong for outcome in outcomes),
+            "wrong": sum(outcome.verdict is not None and outcome.verdict[1] for outcome in outcomes),
             "p50_ms": round(cuts[49]), "p95_ms": round(cuts[94]), "p99_ms": round(cuts[98]),
             "recovery_s": round(max(bad, default=since) - since, 2), "notes": notes,
         }  # fmt: skip
@@ -316,7 +255,7 @@ async def swapped(bench: Bench) -> dict:
             code = await asyncio.to_thread(first.stop)
             await begun
             await load.run(rate, 1)
-            versions = Counter(outcome.version for outcome in load.outcomes if outcome.version is not None)
+            versions = Counter(outcome.verdict[0] for outcome in load.outcomes if outcome.verdict is not None)
             notes = (
                 f"answered by the first checkpoint: {versions[0]}, by the second: {versions[1]}; the first process "
                 f"ended with {code}; clients try again"
@@ -351,6 +290,51 @@ async def full_disk(bench: Bench) -> dict:
         return bench.row("no space for a file, nor for what is printed", f"{rate:.0f}", load.outcomes, since, notes)
 
 
+async def ray_killed(bench: Bench) -> dict:
+    """The process of one of two replicas is killed (SIGKILL). Nobody but Ray does anything about it."""
+    service = bench.ray_service()
+    with ray_serving(service):
+        await bench.warm_up()
+        rate = 0.25 * bench.dense
+        load = Load(service.port, bench.examples, retry_seconds=60)
+        begun = asyncio.create_task(load.run(rate, bench.args.seconds))
+        await asyncio.sleep(bench.args.seconds / 4)
+        since = time.perf_counter()
+        await asyncio.to_thread(service.kill_a_replica)
+        await begun
+        await asyncio.to_thread(service.wait)
+        notes = "a client that was being answered by it tries again"
+        return bench.row("a replica is killed", f"{rate:.0f}", load.outcomes, since, notes, ON_RAY)
+
+
+async def ray_swapped(bench: Bench) -> dict:
+    """Another checkpoint is deployed: Ray starts new replicas in the place of the old ones, one after the other."""
+    service = bench.ray_service()
+    with ray_serving(service):
+        await bench.warm_up()
+        rate = 0.25 * bench.dense
+        load = Load(service.port, bench.examples, retry_seconds=60)
+        stopped = asyncio.Event()
+
+        async def ask() -> None:
+            while not stopped.is_set():
+                await load.run(rate, 1)
+
+        begun = asyncio.create_task(ask())
+        await asyncio.sleep(bench.args.seconds / 4)
+        since = time.perf_counter()
+        await asyncio.to_thread(service.deploy, model_name_or_path=str(bench.checkpoints[1]))
+        seconds = time.perf_counter() - since
+        stopped.set()
+        await begun
+        versions = Counter(outcome.verdict[0] for outcome in load.outcomes if outcome.verdict is not None)
+        notes = (
+            f"the update took {seconds:.0f} s; answered by the first checkpoint: {versions[0]}, by the second: "
+            f"{versions[1]}"
+        )
+        return bench.row("another checkpoint is deployed", f"{rate:.0f}", load.outcomes, since, notes, ON_RAY)
+
+
 FAULTS: dict[str, Callable[[Bench], Awaitable[dict]]] = {
     "bad_image": bad_image,
     "slow_clients": slow_clients,
@@ -360,18 +344,23 @@ FAULTS: dict[str, Callable[[Bench], Awaitable[dict]]] = {
     "killed": killed,
     "swapped": swapped,
     "full_disk": full_disk,
+    "ray_killed": ray_killed,
+    "ray_swapped": ray_swapped,
 }
 
 
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    packages = versions("torch", "starlette", "uvicorn", "httptools", "uvloop", "pillow")
+    packages = versions("torch", "starlette", "uvicorn", "httptools", "uvloop", "pillow", "ray")
     results = Results(args.output, "Faults under load", COLUMNS, NOTES, packages, resume=args.resume)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Path(folder))
         bench.measure_dense()
         for name in args.faults:
+            if name.startswith("ray_") and importlib.util.find_spec("ray") is None:
+                print(f"{name} is left out: Ray is not installed")
+                continue
             results.add([asyncio.run(FAULTS[name](bench))])
 
 
