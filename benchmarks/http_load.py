@@ -48,8 +48,11 @@ class Answer:
 class Connection:
     """One connection, over which requests go in turn. It is opened when it is needed.
 
+    A service ends connections that nothing has come over for some seconds. As all clients do, this one opens another
+    where it finds that out.
+
     Raises:
-        ConnectionError: where the service refuses or ends it.
+        ConnectionError: where the service refuses a connection, or ends one over which it has a request.
     """
 
     def __init__(self, port: int):
@@ -58,6 +61,8 @@ class Connection:
         self._writer: asyncio.StreamWriter | None = None
 
     async def ask(self, request: bytes) -> Answer:
+        if self._reader is not None and self._reader.at_eof():
+            self.close()
         if self._writer is None:
             self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self.port)
         assert self._reader is not None

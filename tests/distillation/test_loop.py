@@ -92,8 +92,11 @@ def one_process(run, images, tmp_path_factory):
     return plugins
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_give_what_one_gives(images, one_process, tmp_path):
-    """The launcher that users run; the other tests give their processes the environment that it would."""
+    """The launcher that users run. Each process imports torch anew, which takes most of the time; the other tests give
+    theirs the environment that it would.
+    """
     settings, plugins = settings_of(tmp_path, "two", images, arguments={"per_device_train_batch_size": 4})
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -54,6 +54,7 @@ class Cases:
     def __init__(self, root: Path):
         self.checkpoint = str(root / "examples" / "digits" / "checkpoint")
         self.plugins = str(root / "hub_cards" / "tocom-vit-mix")
+        self.model = None
         self.image_file = str(root / "examples" / "digits" / "test.parquet")
 
     def installed_extras(self):
@@ -166,9 +167,13 @@ class Cases:
         return repr(calibrate(self._model(), degrees=[0], seconds=0, progress=False).plot())
 
     def _model(self):
+        """The model at its source degree, loaded once for all cases."""
         from tocom_hf import TocomModel
 
-        return TocomModel.from_pretrained(self.checkpoint, plugins=self.plugins)
+        if self.model is None:
+            self.model = TocomModel.from_pretrained(self.checkpoint, plugins=self.plugins)
+        self.model.set_target_r(self.model.source_r)
+        return self.model
 
     def _size(self) -> int:
         return json.loads(Path(self.checkpoint, "config.json").read_text(encoding="utf-8"))["image_size"]
