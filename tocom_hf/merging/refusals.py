@@ -33,6 +33,10 @@ _DETECTION_TOKENS = (
     "behind its layers (use_mid_position_embeddings)"
 )
 _TWO_FORMS = "its layers return attention weights beside hidden states only when asked, which the table cannot say yet"
+_UNEVEN_HEADS = (
+    "its heads share keys and values in some layers and not in others (num_key_value_heads_per_layer), and plugins are "
+    "made for layers of one shape"
+)
 _TIME_AND_SPACE = "it sorts its tokens by frame, row and column in every layer, to attend over time and space in turn"
 _GROUPS = "it merges tokens itself: between its stages, learned group tokens gather the patches"
 _LATE_QUERIES = "its queries join the sequence in its last layers, with masks over the grid of patches"
@@ -70,6 +74,7 @@ REASONS: dict[str, str] = {
     "llama4_vision_model": _TABLE,
     "phi4_multimodal_vision": _CAUSAL_UNMASKED,
     "flava_image_model": _TWO_FORMS,
+    "sapiens2": _UNEVEN_HEADS,
     **dict.fromkeys(("pvt", "pvt_v2", "cvt", "segformer", "glpn", "mobilevit"), _HIERARCHICAL),
     **dict.fromkeys(("qwen2_vl_vision", "glm4v_vision", "qwen3_5_vision"), _PACKED),
     **dict.fromkeys(("qwen2_5_vl_vision", "qwen2_5_omni_vision_encoder"), _PACKED_WINDOWS),
