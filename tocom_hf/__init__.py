@@ -136,14 +136,20 @@ _MODULES = {
 }
 
 
+# parts of the package that need the extra `train` whole
+_TRAINING = ("data", "distillation", "evaluation", "scales", "search")
+
+
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from tocom_hf.extras import require_extras
 
-    module = f"{__name__}.{_MODULES.get(name, 'errors')}"
-    with require_extras(name):
-        value = getattr(importlib.import_module(module), name)
+    module = _MODULES.get(name, "errors")
+    # without it one package after the other would be asked for
+    extra = "train" if module.partition(".")[0] in _TRAINING else None
+    with require_extras(name, extra):
+        value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     globals()[name] = value
     return value
 

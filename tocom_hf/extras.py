@@ -26,11 +26,12 @@ EXTRAS = {
 
 
 @contextlib.contextmanager
-def require_extras(what: str) -> Iterator[None]:
+def require_extras(what: str, extra: str | None = None) -> Iterator[None]:
     """Name the extra to install where an import in the `with` block fails for want of it.
 
     Args:
         what: What needs the package, for the message: the name of a function.
+        extra: The extra that brings all that it needs; by default one that brings the package.
 
     Raises:
         MissingExtraError: if a package of an extra is not installed.
@@ -42,5 +43,5 @@ def require_extras(what: str) -> Iterator[None]:
         if package not in EXTRAS:
             raise
         raise MissingExtraError(
-            f"{what} needs {package}, which is not installed. Run: pip install 'tocom-hf[{EXTRAS[package]}]'"
+            f"{what} needs {package}, which is not installed. Run: pip install 'tocom-hf[{extra or EXTRAS[package]}]'"
         ) from error

@@ -2,7 +2,8 @@
 """What the package can do without any extra, as a program of its own: it prints one JSON object, an answer per case.
 
 python tests/helpers/bare_install.py FOLDER           in an environment that has no extras
-python tests/helpers/bare_install.py FOLDER --hide    in any environment; the packages of the extras cannot be imported
+python tests/helpers/bare_install.py FOLDER --hide    in any environment; the packages of the extras cannot be imported,
+                                                     but for Accelerate, which PEFT brings
 
 FOLDER is the repository. This file imports nothing of the tests, so that it runs where pytest is not installed.
 """
@@ -22,6 +23,7 @@ EXTRAS = (
     "accelerate", "datasets", "kornia", "PIL", "matplotlib", "fastapi", "uvicorn", "prometheus_client", "onnx",
     "onnxscript", "onnxruntime", "openvino",
 )  # fmt: skip
+ALWAYS_THERE = ("accelerate",)  # PEFT needs it itself
 
 
 class WithoutExtras(importlib.machinery.PathFinder):
@@ -35,7 +37,7 @@ class WithoutExtras(importlib.machinery.PathFinder):
     @classmethod
     def find_spec(cls, fullname, path=None, target=None):
         package = fullname.partition(".")[0]
-        if package in EXTRAS:
+        if package in EXTRAS and package not in ALWAYS_THERE:
             return None
         return super().find_spec(fullname, path, target)
 

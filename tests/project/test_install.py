@@ -79,8 +79,8 @@ def require_names_the_extra(answers, case):
 
 
 def test_no_extra_can_be_imported(hidden):
-    """Or the other tests here would show nothing."""
-    assert hidden["installed_extras"] == {"value": []}
+    """But for Accelerate, which PEFT needs itself. Or the other tests here would show nothing."""
+    assert hidden["installed_extras"] == {"value": ["accelerate"]}
 
 
 def test_every_case_is_judged(hidden):
