@@ -5,7 +5,7 @@ import collections
 
 import pytest
 
-from tocom_hf import ArgumentError
+from tocom_hf import ArgumentError, DegreeError, DistillationArguments
 from tocom_hf.distillation.degrees import SAMPLERS, adjacent, antithetic, find_sampler, from_source, uniform
 
 
@@ -62,3 +62,21 @@ def test_samplers_are_functions_of_seed_and_step(name):
 def test_a_sampler_that_is_not_there_is_named():
     with pytest.raises(ArgumentError, match="uniform, adjacent, antithetic, got 'random'"):
         find_sampler("random")
+
+
+def test_only_listed_degrees_are_drawn():
+    pairs = collections.Counter(find_sampler("uniform", None, [8, 0, 3])(0, step, 8)[0] for step in range(3000))
+    assert set(pairs) == {(m, n) for m in (0, 3, 8) for n in (0, 3, 8) if m != n}
+    assert all(abs(count - 500) < 100 for count in pairs.values())
+    sampler = find_sampler("uniform", 4, [0, 8])
+    assert {pair for step in range(50) for pair in sampler(0, step, 8)} == {(4, 0), (4, 8)}
+
+
+@pytest.mark.parametrize("degrees", [[], [8], [1, 8], [0, 7], [0, 9], [0, -1, 8]])
+def test_plugins_that_would_learn_nothing_are_refused(degrees):
+    with pytest.raises(DegreeError, match="train_degrees"):
+        DistillationArguments(max_r=8, train_degrees=degrees)
+
+
+def test_the_source_degree_is_drawn_in_any_case():
+    assert DistillationArguments(max_r=8, source_r=0, train_degrees=[8]).train_degrees == [8]

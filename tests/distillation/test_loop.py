@@ -126,7 +126,10 @@ def test_sharded_weights_give_what_whole_ones_give(run, images, one_process, tmp
     assert distance(one_process, plugins) < 1e-4
 
 
-@pytest.mark.parametrize(("objective", "target_modules"), [("features", None), ("hidden_states", ["all-linear"])])
+@pytest.mark.parametrize(
+    ("objective", "target_modules"),
+    [("features", None), ("whitened_features", None), ("hidden_states", ["all-linear"])],
+)
 def test_what_lies_below_the_head_is_compared_on_sharded_weights(run, images, tmp_path, objective, target_modules):
     """Two processes with half of the batch and of the weights each; the model has a head, which is not run."""
     plugins = []
@@ -235,6 +238,8 @@ def stop_at(monkeypatch, step):
         {"max_grad_norm": 0.01},
         {"degree_sampler": "antithetic"},
         {"target_modules": ["all-linear"]},
+        {"objective": "whitened_features"},
+        {"train_degrees": [0, 4]},
     ],
 )
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch, extra):
@@ -389,6 +394,25 @@ def test_hidden_states_are_distilled():
     grid = plugins.config.training["agreement"]
     assert grid["plain"][0][0] == pytest.approx(1, abs=1e-5)
     assert grid["tocom"][0][1] > grid["plain"][0][1]
+
+
+def test_whitened_features_are_distilled():
+    """By the spread of the images themselves, of which damaged ones are no part; judged by features."""
+    settings = {
+        "objective": "whitened_features", "max_steps": 40, "learning_rate": 0.3, "eval_degrees": [0, 4],
+        "source_r": 0, "train_degrees": [2, 4], "lora_dropout": 0.0,
+    }  # fmt: skip
+    plugins = distill(make_model(), Poisoned([5]), arguments(**settings), eval_dataset=Noise(8))
+    assert plugins.config.training["objective"] == "whitened_features"
+    assert set(plugins.config.training["loss_by_distance"]) <= {"2", "3-4", "4"}
+    grid = plugins.config.training["agreement"]
+    assert grid["tocom"][0][1] > grid["plain"][0][1]
+
+
+def test_a_stream_has_no_spread():
+    stream = datasets.Dataset.from_dict({"image": [None] * 4}).to_iterable_dataset()
+    with pytest.raises(ArgumentError, match="which a stream does not allow"):
+        distill(make_model(), stream, arguments(objective="whitened_features", max_steps=2))
 
 
 def test_the_grid_is_recorded_and_shows_the_gain():

@@ -3,6 +3,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,40 @@ def test_features_are_compared_by_their_angle():
     cosine = F.cosine_similarity(teacher, student, dim=-1)
     torch.testing.assert_close(OBJECTIVES["features"].loss(teacher, student), (2 - 2 * cosine).mean())
     torch.testing.assert_close(OBJECTIVES["features"].agreement(teacher, student), cosine.mean(-1))
+
+
+def test_whitened_features_are_compared_by_their_mahalanobis_distance():
+    """With shrunken correlations, in units of the distance of an image from the mean of all; in float64 by numpy."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 6, generator=generator)
+    features = torch.randn(500, 6, generator=generator) @ mixing + 3
+    teacher, student = features[:20], features[:20] + 0.1 * torch.randn(20, 6, generator=generator)
+    rows = features.double().numpy()
+    inverse = np.linalg.inv(np.corrcoef(rows.T) + 0.1 * np.eye(6))
+
+    def distance(differences):
+        scaled = differences / rows.std(axis=0)
+        return np.einsum("ij,jk,ik->i", scaled, inverse, scaled).mean()
+
+    expected = distance((teacher - student).double().numpy()) / distance(rows - rows.mean(axis=0))
+    loss = OBJECTIVES["whitened_features"].fitted(features).loss(teacher, student)
+    assert loss.item() == pytest.approx(expected, rel=5e-3)  # torch's spread is over one image fewer
+
+
+def test_whitened_features_need_their_spread():
+    with pytest.raises(ArgumentError, match=r"use what fitted\(features\) returns"):
+        OBJECTIVES["whitened_features"].loss(torch.zeros(2, 8), torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_whitened_features_of_every_family_are_those_of_features(family):
+    model, inputs = family.make(), family.inputs()
+    images = next(value for name, value in inputs.items() if name in ("pixel_values", "input_values"))
+    backbone = find_backbone(apply_tome(model, 2))
+    with torch.no_grad():
+        whitened = OBJECTIVES["whitened_features"].outputs(backbone, images)
+        features = OBJECTIVES["features"].outputs(backbone, images)  # (batch, features, hidden)
+    torch.testing.assert_close(F.normalize(whitened.view_as(features), dim=-1), features)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -150,7 +185,7 @@ def test_auto_goes_by_the_classifier():
 
 
 def test_wrong_objectives_are_refused():
-    with pytest.raises(ArgumentError, match="auto, logits, features, hidden_states"):
+    with pytest.raises(ArgumentError, match="auto, logits, features, whitened_features, hidden_states"):
         find_objective("labels", make_model())
     with pytest.raises(UnsupportedModelError, match="no classifier"):
         find_objective("logits", make_model().vit)

@@ -63,6 +63,9 @@ class DistillationArguments:
     )
     source_r: int | None = _argument(None, "Degree of every teacher, for weights trained at it; default: any.")
     degree_sampler: str = _argument("uniform", "How degrees are drawn: uniform, adjacent or antithetic.")
+    train_degrees: list[int] | None = _argument(
+        None, "The degrees that are drawn, such as 0 8 12 16; default: all from 0 to max_r."
+    )
 
     num_train_epochs: Count = _argument(10, "Passes over the data set. Ignored where max_steps is given.")
     max_steps: Count | None = _argument(None, "Steps of the training; needed for streams, which have no length.")
@@ -110,6 +113,7 @@ class DistillationArguments:
         given = self.merge_recipe
         self._merge_recipe = TOME_RECIPE if given is None else read_recipe(given)
         find_sampler(self.degree_sampler, self.source_r)
+        self._check_train_degrees()
         if self.objective not in ("auto", *OBJECTIVES):
             raise ArgumentError(f"objective must be one of auto, {', '.join(OBJECTIVES)}, got {self.objective!r}.")
         if self.augmentation.mixes and self.per_device_train_batch_size % 2:
@@ -122,6 +126,19 @@ class DistillationArguments:
         for degree in self.eval_degrees or ():
             if require_degree(degree, "eval_degrees") > self.max_r:
                 raise DegreeError(f"eval_degrees has {degree}, which is above max_r={self.max_r}.")
+
+    def _check_train_degrees(self) -> None:
+        """Plugins outside the degrees that are drawn would learn nothing."""
+        if self.train_degrees is None:
+            return
+        drawn = {require_degree(degree, "train_degrees") for degree in self.train_degrees}
+        if self.source_r is not None:
+            drawn.add(self.source_r)
+        if not drawn or (min(drawn), max(drawn)) != (0, self.max_r):
+            raise DegreeError(
+                f"train_degrees must reach from 0 to max_r={self.max_r}, or plugins outside of them learn nothing; "
+                f"got {self.train_degrees}."
+            )
 
     @property
     def merging_recipe(self) -> MergeRecipe:

@@ -5,7 +5,7 @@ A sampler is a function of the seed and the step alone, so every process draws t
 others, none waits for one that runs at a smaller degree, and a run that resumes goes on with the next pair.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -62,19 +62,30 @@ def antithetic(seed: int, step: int, max_r: int) -> list[DegreePair]:
 SAMPLERS: dict[str, DegreeSampler] = {"uniform": uniform, "adjacent": adjacent, "antithetic": antithetic}
 
 
-def find_sampler(name: str, source_r: int | None = None) -> DegreeSampler:
+def find_sampler(name: str, source_r: int | None = None, degrees: Collection[int] | None = None) -> DegreeSampler:
     """The sampler of a name, or the one for teachers that all run at `source_r`.
+
+    Args:
+        name: One of `SAMPLERS`.
+        source_r: The degree of every teacher.
+        degrees: The degrees that are drawn, beside `source_r`; by default all from 0 to `max_r`.
 
     Raises:
         ArgumentError: if there is none of that name, or `source_r` is given to one that draws both degrees.
     """
     if name not in SAMPLERS:
         raise ArgumentError(f"degree_sampler must be one of {', '.join(SAMPLERS)}, got {name!r}.")
-    if source_r is None:
-        return SAMPLERS[name]
-    if name != "uniform":
+    if source_r is not None and name != "uniform":
         raise ArgumentError(f"With source_r the other degree is drawn uniformly: leave out degree_sampler={name!r}.")
-    return from_source(source_r)
+    if degrees is None:
+        return SAMPLERS[name] if source_r is None else from_source(source_r)
+    drawn = sorted({*degrees} if source_r is None else {*degrees, source_r})
+    sampler = SAMPLERS[name] if source_r is None else from_source(drawn.index(source_r))
+
+    def among(seed: int, step: int, max_r: int) -> list[DegreePair]:
+        return [(drawn[first], drawn[second]) for first, second in sampler(seed, step, len(drawn) - 1)]
+
+    return among
 
 
 def _generator(seed: int, step: int) -> torch.Generator:

@@ -23,7 +23,7 @@ from tocom_hf.devices import describe_device, evaluation_mode
 from tocom_hf.distillation.arguments import DistillationArguments
 from tocom_hf.distillation.branches import PluginChain
 from tocom_hf.distillation.loop import Training
-from tocom_hf.distillation.objectives import find_objective
+from tocom_hf.distillation.objectives import WhitenedFeatures, find_objective
 from tocom_hf.distillation.order import is_stream
 from tocom_hf.distillation.run_state import find_state, make_output_dir
 from tocom_hf.distillation.student import SelfDistiller
@@ -211,6 +211,11 @@ def _prepared(
 
 def _count_steps(dataset: Any, args: DistillationArguments, global_batch: int) -> int:
     if is_stream(dataset):
+        if args.objective == WhitenedFeatures.name:
+            raise ArgumentError(
+                f"objective={args.objective!r} looks at images from all over the data set first, which a stream does "
+                "not allow. Download the data set, or use objective='features'."
+            )
         if args.max_steps is None:
             raise ArgumentError("A stream has no length: say with max_steps how many steps to train for.")
         if not hasattr(dataset, "view"):

@@ -30,6 +30,7 @@ from tocom_hf.distillation.order import StreamState, TrainingLoader, is_stream
 from tocom_hf.distillation.run_state import RunState
 from tocom_hf.distillation.stop_signal import StopSignal
 from tocom_hf.distillation.student import SelfDistiller
+from tocom_hf.distillation.whitening import fit_objective
 from tocom_hf.errors import (
     CheckpointError,
     DatasetError,
@@ -130,6 +131,9 @@ class Training:
         loader = TrainingLoader(
             self.dataset, self.args, self.accelerator, self.global_batch, self.steps, self.step, stream_state
         )
+        fit_objective(
+            self.distiller, self.dataset, args=self.args, accelerator=self.accelerator, mean=self.mean, std=self.std
+        )
         self.distiller.plugins.train()
         with StopSignal() as stop, self._progress_bar() as bar:
             self._train(iter(loader), loader, stop, bar)
@@ -176,7 +180,7 @@ class Training:
 
     def _train(self, batches: Iterator, loader: TrainingLoader, stop: StopSignal, bar: tqdm) -> None:
         args = self.args
-        sampler = find_sampler(args.degree_sampler, args.source_r)
+        sampler = find_sampler(args.degree_sampler, args.source_r, args.train_degrees)
         in_a_row = 0
         since = time.perf_counter()
         logged = self.step

@@ -8,12 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from tocom_hf.devices import float64_device
 from tocom_hf.distillation.heads import Logits, has_head, head_of, is_timm_classifier
 from tocom_hf.errors import ArgumentError, UnsupportedModelError
 from tocom_hf.merging.backbones import Backbone
 from tocom_hf.merging.inputs import model_inputs
 from tocom_hf.merging.tokens import group_sizes, mean_over_groups
 from tocom_hf.merging.tracing import traced
+
+
+_WHITENING_RIDGE = 0.1  # in units of a channel's variance: what heads that were fitted to some hundred images resolve
 
 
 class Objective(Protocol):
@@ -74,6 +78,51 @@ class Features:
 
     def agreement(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
         return (teacher * student).sum(-1).mean(-1)
+
+
+class WhitenedFeatures:
+    """The squared distance of the features of `Features`, measured in their own spread.
+
+    Images differ most in a few directions of the features, and a cosine is about these. Linear heads divide by the
+    spread: a direction in which images hardly differ may decide between classes. So features count here after they were
+    whitened, `(f - g)^T (C + ridge)^-1 (f - g)`, with the correlations C of the teacher's features over many images,
+    divided by what this is for one image and the mean of all. Agreement is that of `Features`.
+
+    Attributes:
+        metric: What differences of features are multiplied by, float32 `(features * hidden, features * hidden)`;
+            `None` before `fitted`.
+    """
+
+    name = "whitened_features"
+    judge = Features()
+
+    def __init__(self, metric: torch.Tensor | None = None):
+        self.metric = metric
+
+    def part(self, backbone: Backbone) -> PreTrainedModel:
+        return self.judge.part(backbone)
+
+    def outputs(self, backbone: Backbone, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(batch, features * hidden size)`, as heads read them."""
+        inputs = model_inputs(backbone.module, backbone, pixel_values)
+        return _pooled(backbone, backbone.module(**inputs)).float().flatten(1)
+
+    def loss(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+        if self.metric is None:
+            raise ArgumentError("The spread of the features is not known yet: use what fitted(features) returns.")
+        return ((student - teacher) @ self.metric).square().sum(-1).mean()
+
+    def fitted(self, features: torch.Tensor) -> "WhitenedFeatures":
+        """The objective whose metric is that of some features of a teacher, `(images, features * hidden size)`."""
+        rows = features.to(float64_device(features.device)).double()
+        rows = rows - rows.mean(dim=0)
+        spread = rows.std(dim=0)  # (channels,)
+        spread = spread.clamp(min=1e-3 * spread.max())  # a channel that hardly moves shall not outweigh all others
+        scaled = rows / spread  # (images, channels)
+        values, vectors = torch.linalg.eigh(scaled.T @ scaled / len(scaled))
+        metric = (vectors / (values + _WHITENING_RIDGE).sqrt()) / spread[:, None]  # (channels, channels)
+        metric = metric / (rows @ metric).square().sum(-1).mean().sqrt()
+        return WhitenedFeatures(metric.to(features.device, torch.float32))
 
 
 class LayerInputs(NamedTuple):
@@ -140,7 +189,9 @@ class HiddenStates:
         return torch.stack(distances).mean()
 
 
-OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (Logits(), Features(), HiddenStates())}
+OBJECTIVES: dict[str, Objective] = {
+    objective.name: objective for objective in (Logits(), Features(), WhitenedFeatures(), HiddenStates())
+}
 
 
 def find_objective(name: str, model: PreTrainedModel) -> Objective:
