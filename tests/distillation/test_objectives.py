@@ -36,22 +36,28 @@ def test_features_are_compared_by_their_angle():
     torch.testing.assert_close(OBJECTIVES["features"].agreement(teacher, student), cosine.mean(-1))
 
 
-def test_whitened_features_are_compared_by_their_mahalanobis_distance():
-    """With shrunken correlations, in units of the distance of an image from the mean of all; in float64 by numpy."""
+@pytest.mark.parametrize("count", [20, 2000])
+def test_whitened_features_are_compared_by_their_mahalanobis_distance(count):
+    """With correlations shrunken as Ledoit and Wolf do, by a tenth at least; with numpy in float64, image by image."""
     generator = torch.Generator().manual_seed(0)
-    mixing = torch.randn(6, 6, generator=generator)
-    features = torch.randn(500, 6, generator=generator) @ mixing + 3
+    features = torch.randn(count, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + 3
     teacher, student = features[:20], features[:20] + 0.1 * torch.randn(20, 6, generator=generator)
     rows = features.double().numpy()
-    inverse = np.linalg.inv(np.corrcoef(rows.T) + 0.1 * np.eye(6))
+    rows -= rows.mean(axis=0)
+    scaled = rows / rows.std(axis=0)
+    correlations = np.corrcoef(rows.T)
+    scatter = np.mean([np.sum((np.outer(row, row) - correlations) ** 2) for row in scaled]) / count
+    share = max(0.1, min(1, scatter / np.sum((correlations - np.eye(6)) ** 2)))
+    assert (share > 0.1) == (count == 20)
+    inverse = np.linalg.inv((1 - share) * correlations + share * np.eye(6))
 
-    def distance(differences):
-        scaled = differences / rows.std(axis=0)
-        return np.einsum("ij,jk,ik->i", scaled, inverse, scaled).mean()
+    def distances(differences):
+        return [row @ inverse @ row for row in differences / rows.std(axis=0)]
 
-    expected = distance((teacher - student).double().numpy()) / distance(rows - rows.mean(axis=0))
-    loss = OBJECTIVES["whitened_features"].fitted(features).loss(teacher, student)
-    assert loss.item() == pytest.approx(expected, rel=5e-3)  # torch's spread is over one image fewer
+    expected = distances((teacher - student).double().numpy()) / np.mean(distances(rows))
+    objective = OBJECTIVES["whitened_features"].fitted(features)
+    np.testing.assert_allclose(objective.distances(teacher, student).numpy(), expected, rtol=1e-4)
+    assert objective.loss(teacher, student).item() == pytest.approx(expected.mean(), rel=1e-4)
 
 
 def test_whitened_features_need_their_spread():

@@ -3,6 +3,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -26,12 +27,22 @@ def images():
     return [{"pixel_values": image} for image in smooth]
 
 
-def cosine_to_dense(model, recipe, degree, pixel_values):
-    """The mean cosine of the class feature to that of the untouched model, by the formula."""
+def features(recipe, degree, pixel_values):
+    """The class feature of the model that merges by a recipe, float64 `(images, hidden)`."""
     with torch.no_grad():
-        dense = make_model(hf.ViTModel)(pixel_values).last_hidden_state[:, 0]
-        merged = apply_tome(make_model(hf.ViTModel), degree, recipe=recipe)(pixel_values).last_hidden_state[:, 0]
-    return torch.cosine_similarity(dense, merged).mean().item()
+        states = apply_tome(make_model(hf.ViTModel), degree, recipe=recipe)(pixel_values).last_hidden_state
+    return states[:, 0].double().numpy()
+
+
+def whitened(dense):
+    """The inverse of the shrunken correlations of some features, as Ledoit and Wolf shrink them, and their spread."""
+    rows = dense - dense.mean(axis=0)
+    rows /= rows.std(axis=0)
+    correlations = rows.T @ rows / len(rows)
+    scatter = sum(np.sum((np.outer(row, row) - correlations) ** 2) for row in rows) / len(rows) ** 2
+    share = max(0.1, min(1, scatter / np.sum((correlations - np.eye(len(correlations))) ** 2)))
+    inverse = np.linalg.inv((1 - share) * correlations + share * np.eye(len(correlations)))
+    return inverse / np.mean([row @ inverse @ row for row in rows]), dense.std(axis=0)
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +50,17 @@ def found(images):
     return find_recipe(make_model(hf.ViTModel), images, [4, 0, 8], max_evaluations=20, batch_size=5)
 
 
-def test_what_it_reports_is_the_cosine_to_the_untouched_model(found, images):
+def test_what_it_reports_is_the_distance_to_the_untouched_model(found, images):
+    """In units of the spread of its features over all images."""
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
     pixel_values = torch.stack([image["pixel_values"] for image in images])
+    dense = features(None, 0, pixel_values)
+    inverse, spread = whitened(dense)
     for row in found.results:
-        for half, value in ((order[::2], row.agreement), (order[1::2], row.held_out)):
-            expected = cosine_to_dense(make_model(hf.ViTModel), row.recipe, row.degree, pixel_values[half])
-            assert value == pytest.approx(expected, abs=1e-5)
+        for half, value in ((order[::2], row.distance), (order[1::2], row.held_out)):
+            differences = (features(row.recipe, row.degree, pixel_values[half]) - dense[half]) / spread
+            expected = np.mean([difference @ inverse @ difference for difference in differences])
+            assert value == pytest.approx(expected, rel=1e-3)
 
 
 def test_every_choice_is_better_and_none_costs_more(found):
@@ -55,7 +70,7 @@ def test_every_choice_is_better_and_none_costs_more(found):
         rows = list(group)
         assert rows[0].what == "ToMe"
         assert rows[0].recipe == TOME_RECIPE
-        assert rows[-1].agreement > rows[0].agreement
+        assert rows[-1].distance < rows[0].distance
         budget = count_flops(make_model(hf.ViTModel), degree)
         for row in rows:
             model = apply_tome(make_model(hf.ViTModel), 0, recipe=row.recipe)
@@ -144,4 +159,4 @@ def test_the_command_writes_a_recipe_and_a_table(tmp_path, capsys):
     recipe = MergeRecipe.load(output / "recipe.json")
     assert apply_tome(make_model(hf.ViTModel), 4, recipe=recipe) is not None
     assert (output / "recipe.md").read_text().startswith("| r | recipe | GFLOPs |")
-    assert "cosine to r = 0" in capsys.readouterr().out
+    assert "distance to r = 0" in capsys.readouterr().out

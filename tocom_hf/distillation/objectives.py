@@ -17,7 +17,7 @@ from tocom_hf.merging.tokens import group_sizes, mean_over_groups
 from tocom_hf.merging.tracing import traced
 
 
-_WHITENING_RIDGE = 0.1  # in units of a channel's variance: what heads that were fitted to some hundred images resolve
+_LEAST_SHRINKAGE = 0.1
 
 
 class Objective(Protocol):
@@ -85,8 +85,10 @@ class WhitenedFeatures:
 
     Images differ most in a few directions of the features, and a cosine is about these. Linear heads divide by the
     spread: a direction in which images hardly differ may decide between classes. So features count here after they were
-    whitened, `(f - g)^T (C + ridge)^-1 (f - g)`, with the correlations C of the teacher's features over many images,
-    divided by what this is for one image and the mean of all. Agreement is that of `Features`.
+    whitened, `(f - g)^T C^-1 (f - g)`, with the correlations C of a teacher's features over many images, in units of
+    what this is for one image and the mean of all. C is shrunk towards no correlations as Ledoit and Wolf do (2004,
+    "A well-conditioned estimator for large-dimensional covariance matrices"), by a tenth at least, which is about what
+    heads that were fitted to some hundred images resolve. Agreement is that of `Features`.
 
     Attributes:
         metric: What differences of features are multiplied by, float32 `(features * hidden, features * hidden)`;
@@ -108,19 +110,25 @@ class WhitenedFeatures:
         return _pooled(backbone, backbone.module(**inputs)).float().flatten(1)
 
     def loss(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+        return self.distances(teacher, student).mean()
+
+    def distances(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+        """That of each image, 0 where both agree: `(batch,)`."""
         if self.metric is None:
             raise ArgumentError("The spread of the features is not known yet: use what fitted(features) returns.")
-        return ((student - teacher) @ self.metric).square().sum(-1).mean()
+        return ((student - teacher) @ self.metric).square().sum(-1)
 
     def fitted(self, features: torch.Tensor) -> "WhitenedFeatures":
         """The objective whose metric is that of some features of a teacher, `(images, features * hidden size)`."""
         rows = features.to(float64_device(features.device)).double()
         rows = rows - rows.mean(dim=0)
-        spread = rows.std(dim=0)  # (channels,)
+        spread = rows.std(dim=0, correction=0)  # (channels,)
         spread = spread.clamp(min=1e-3 * spread.max())  # a channel that hardly moves shall not outweigh all others
         scaled = rows / spread  # (images, channels)
-        values, vectors = torch.linalg.eigh(scaled.T @ scaled / len(scaled))
-        metric = (vectors / (values + _WHITENING_RIDGE).sqrt()) / spread[:, None]  # (channels, channels)
+        correlations = scaled.T @ scaled / len(scaled)  # (channels, channels)
+        share = max(_LEAST_SHRINKAGE, _shrinkage(scaled, correlations))
+        values, vectors = torch.linalg.eigh(correlations)
+        metric = vectors / ((1 - share) * values + share).sqrt() / spread[:, None]  # (channels, channels)
         metric = metric / (rows @ metric).square().sum(-1).mean().sqrt()
         return WhitenedFeatures(metric.to(features.device, torch.float32))
 
@@ -235,6 +243,15 @@ def _pooled(backbone: Backbone, outputs: Any) -> torch.Tensor:
     # that of Ovis 2 is one vector for each patch
     parts = [patch_mean] if pooled is None or pooled.shape != patch_mean.shape else [pooled, patch_mean]
     return torch.stack(parts, dim=1)
+
+
+def _shrinkage(rows: torch.Tensor, correlations: torch.Tensor) -> float:
+    """How far Ledoit and Wolf shrink the correlations of some rows, `(images, channels)`, towards the unit matrix."""
+    images, channels = rows.shape
+    # how far those of one image are from those of all, and these from none
+    scatter = (rows.square().sum(-1).square().mean() - correlations.square().sum()) / images
+    apart = (correlations - torch.eye(channels, device=rows.device, dtype=rows.dtype)).square().sum()
+    return min(1.0, float(scatter / apart)) if apart > 0 else 1.0
 
 
 def _distance(teacher: LayerInputs, student: LayerInputs, protected: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tocom_hf.cost.flops import Example
 from tocom_hf.devices import evaluation_mode
-from tocom_hf.distillation.objectives import Features
+from tocom_hf.distillation.objectives import WhitenedFeatures
 from tocom_hf.errors import ArgumentError, DatasetError
 from tocom_hf.merging.backbones import Backbone, find_backbone
 from tocom_hf.merging.patching import merging_at
@@ -25,6 +25,7 @@ from tocom_hf.search.progress import Progress
 
 
 TOME = "ToMe"
+_SLOPES = (0.25, 0.5, 0.75, 1.0)  # of decreasing schedules
 _STEPS = (1, 2, 4, 8)  # merges that a step of the search moves from one layer to another
 
 
@@ -36,7 +37,8 @@ class RecipeResult:
         degree: The degree.
         what: Which part of the recipe was added last: `ToMe`, the matching, the size penalty or the schedule.
         recipe: The recipe.
-        agreement: Mean cosine of the features to those of r = 0, on the images that the search went by.
+        distance: How far features are from those of r = 0, on the images that the search went by: the mean of
+            `WhitenedFeatures`, which is 0 where nothing changed and 1 for the features of another image.
         held_out: The same on the other half of the images.
         held_out_error: Standard error of the difference to the row before, on the other half.
         gflops: Floating-point operations for one image, in units of 10^9.
@@ -45,7 +47,7 @@ class RecipeResult:
     degree: int
     what: str
     recipe: MergeRecipe
-    agreement: float
+    distance: float
     held_out: float
     held_out_error: float
     gflops: float
@@ -74,13 +76,13 @@ class FoundRecipe:
 
     def table(self) -> str:
         """The results as a table in Markdown."""
-        lines = ["| r | recipe | GFLOPs | cosine to r = 0 | on held-out images | of the distance closed |"]
+        lines = ["| r | recipe | GFLOPs | distance to r = 0 | on held-out images | of it closed |"]
         lines.append("| --- | --- | --- | --- | --- | --- |")
         plain: dict[int, float] = {}
         for row in self.results:
-            distance = plain.setdefault(row.degree, 1 - row.held_out)
-            closed = 1 - (1 - row.held_out) / distance if distance > 0 else 0.0
-            cells = [row.degree, row.what, f"{row.gflops:.2f}", f"{row.agreement:.4f}", f"{row.held_out:.4f}"]
+            first = plain.setdefault(row.degree, row.held_out)
+            closed = 1 - row.held_out / first if first > 0 else 0.0
+            cells = [row.degree, row.what, f"{row.gflops:.2f}", f"{row.distance:.4f}", f"{row.held_out:.4f}"]
             lines.append("| " + " | ".join(map(str, [*cells, f"{100 * closed:.0f} %"])) + " |")
         return "\n".join(lines)
 
@@ -91,7 +93,7 @@ def find_recipe(
     degrees: Sequence[int],
     *,
     match_by: Sequence[str] = MATCH_BY,
-    size_penalties: Sequence[float] = (0.0, 0.01, 0.02, 0.05),
+    size_penalties: Sequence[float] = (0.0, 0.02, 0.05, 0.1),
     max_evaluations: int = 60,
     batch_size: int = 32,
     seed: int = 0,
@@ -100,10 +102,11 @@ def find_recipe(
 ) -> FoundRecipe:
     """Choose what tokens are matched by, a size penalty, and a schedule of merges for each degree, without labels.
 
-    One half of the images decides: the recipe whose features have the largest cosine to those without merging. First
-    what to match by, then the penalty, both over all degrees together; then for each degree a schedule, by moving
-    merges from layer to layer as long as that helps. The other half of the images is looked at last: a part of the
-    recipe that does not help there is left out. No recipe costs more FLOPs than ToMe's rule at that degree.
+    One half of the images decides: the recipe whose features are the nearest to those without merging, in units of
+    their own spread. First what to match by, then the penalty, both over all degrees together; then for each degree a
+    schedule, from schedules that merge less and less from layer to layer and by moving merges between layers as long
+    as that helps. The other half of the images is looked at last: a part of the recipe that does not help there is left
+    out. No recipe costs more FLOPs than ToMe's rule at that degree.
 
     Args:
         model: A supported model that does not merge. It is left as it was.
@@ -159,6 +162,8 @@ def find_recipe(
             _Judge(backbone, half, batch_size, Progress(_of_half(progress, index), facts))
             for index, half in enumerate(halves)
         )
+        objective = WhitenedFeatures().fitted(torch.cat([*searching.references, *held_out.references]))
+        searching.objective = held_out.objective = objective
         search = _Search(searching, held_out, wanted, report or (lambda line: None))
         search.start()
         search.choose("matching", [replace(search.recipe, match_by=recipe.match_by) for recipe in tried])
@@ -169,12 +174,12 @@ def find_recipe(
 
 
 class _Judge:
-    """Agreement with r = 0 on some images, measured once for each recipe."""
+    """The distance to r = 0 on some images, measured once for each recipe."""
 
     def __init__(self, backbone: Backbone, images: Dataset, batch_size: int, progress: Progress):
         self.backbone = backbone
         self.progress = progress
-        self.objective = Features()
+        self.objective = WhitenedFeatures()
         self.flop_models: dict[str, FlopModel] = {}
         parameter = next(backbone.module.parameters())
         self.batches = [
@@ -187,8 +192,8 @@ class _Judge:
         with merging_at(backbone, 0):
             self.references = [self.objective.outputs(backbone, batch) for batch in self.batches]
 
-    def agreement(self, recipe: MergeRecipe, degree: int) -> torch.Tensor:
-        """The cosine of each image: float64 `(images,)`."""
+    def distances(self, recipe: MergeRecipe, degree: int) -> torch.Tensor:
+        """That of each image: float64 `(images,)`."""
         schedule = recipe.schedule(degree, len(self.backbone.layers))
         name = f"{recipe.match_by} {recipe.size_penalty} {' '.join(map(str, schedule))}"
         return torch.tensor(self.progress.measured(name, lambda: self._measure(recipe, degree)), dtype=torch.float64)
@@ -220,7 +225,7 @@ class _Judge:
         with merging_at(self.backbone, degree, recipe=recipe):
             for batch, reference in zip(self.batches, self.references, strict=True):
                 student = self.objective.outputs(self.backbone, batch)
-                found.append(self.objective.agreement(reference, student))
+                found.append(self.objective.distances(reference, student))
         return torch.cat(found).double().tolist()
 
 
@@ -256,26 +261,49 @@ class _Search:
         self.recipe = best
 
     def find_schedule(self, degree: int, max_evaluations: int, generator: torch.Generator) -> None:
-        """Move merges between layers at one degree as long as that helps, within the FLOPs of the constant degree."""
+        """Take the best of some decreasing schedules at one degree, and move merges between layers while that helps.
+
+        All stay within the FLOPs of the constant degree.
+        """
         layers = len(self.judge.backbone.layers)
         best, start = self.recipe, self.recipe
-        best_value = float(self.judge.agreement(best, degree).mean())
-        for _ in range(max_evaluations):
-            source, target = torch.randperm(layers, generator=generator)[:2].tolist()
-            step = _STEPS[int(torch.randint(len(_STEPS), (1,), generator=generator))]
-            candidate = self._moved(best, degree, source, target, step)
+        best_value = float(self.judge.distances(best, degree).mean())
+        for evaluation in range(max_evaluations):
+            if evaluation < len(_SLOPES):
+                candidate: MergeRecipe | None = self._decreasing(start, degree, _SLOPES[evaluation])
+            else:
+                source, target = torch.randperm(layers, generator=generator)[:2].tolist()
+                step = _STEPS[int(torch.randint(len(_STEPS), (1,), generator=generator))]
+                candidate = self._moved(best, degree, source, target, step)
             if candidate is None:
                 continue
-            value = float(self.judge.agreement(candidate, degree).mean())
-            if value > best_value:
+            value = float(self.judge.distances(candidate, degree).mean())
+            if value < best_value:
                 best, best_value = candidate, value
-        difference = self.held_out.agreement(best, degree) - self.held_out.agreement(start, degree)
+        difference = self.held_out.distances(start, degree) - self.held_out.distances(best, degree)
         if best == start or float(difference.mean()) <= _standard_error(difference):
             self.report(f"r = {degree}: no schedule is better than the same number of merges in every layer")
             return
         self.report(f"r = {degree}: {list(best.schedules[degree])}")
         self._record(degree, "schedule", best, start)
         self.recipe = best
+
+    def _decreasing(self, recipe: MergeRecipe, degree: int, slope: float) -> MergeRecipe | None:
+        """A recipe that merges less and less from layer to layer, at one degree, as much as its FLOPs ask for.
+
+        Args:
+            recipe: What else it does.
+            degree: The degree.
+            slope: By how much the first layer merges more than one in the middle, as a share of it.
+        """
+        layers = len(self.judge.backbone.layers)
+        shape = [1 + slope * (1 - (2 * layer + 1) / layers) for layer in range(layers)]
+        for scale in range(10 * degree, 30 * degree):
+            merges = tuple(round(scale / 10 * share) for share in shape)
+            candidate = replace(recipe, schedules={**recipe.schedules, degree: merges})
+            if self._fits(candidate, degree):
+                return candidate
+        return None
 
     def _fitted(self, recipe: MergeRecipe) -> MergeRecipe:
         """A recipe that costs no more than ToMe's at any degree: comparing more channels costs some merges more."""
@@ -317,20 +345,24 @@ class _Search:
         return self.judge.predicted_flops(recipe, degree) <= self.budgets[degree] * (1 + 1e-9)
 
     def _closed(self, judge: _Judge, recipe: MergeRecipe) -> float:
-        """The share of the distance to r = 0, summed over degrees, that a recipe closes of what is left so far."""
-        before = sum(1 - float(judge.agreement(self.recipe, degree).mean()) for degree in self.degrees)
-        after = sum(1 - float(judge.agreement(recipe, degree).mean()) for degree in self.degrees)
-        return 1 - after / before if before > 0 else 0.0
+        """The share of the distance to r = 0 that a recipe closes of what is left so far, all degrees alike."""
+        ratios = []
+        for degree in self.degrees:
+            before = float(judge.distances(self.recipe, degree).mean())
+            if before > 0:
+                ratios.append(float(judge.distances(recipe, degree).mean()) / before)
+        # the geometric mean, because distances grow manyfold from degree to degree
+        return 1 - math.exp(sum(math.log(max(ratio, 1e-9)) for ratio in ratios) / len(ratios)) if ratios else 0.0
 
     def _record(self, degree: int, what: str, recipe: MergeRecipe, before: MergeRecipe) -> None:
-        held_out = self.held_out.agreement(recipe, degree)
+        held_out = self.held_out.distances(recipe, degree)
         row = RecipeResult(
             degree,
             what,
             recipe,
-            agreement=float(self.judge.agreement(recipe, degree).mean()),
+            distance=float(self.judge.distances(recipe, degree).mean()),
             held_out=float(held_out.mean()),
-            held_out_error=_standard_error(held_out - self.held_out.agreement(before, degree)),
+            held_out_error=_standard_error(held_out - self.held_out.distances(before, degree)),
             gflops=self.judge.flops(recipe, degree) / 1e9,
         )
         self.results.append(row)
