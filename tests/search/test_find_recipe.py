@@ -35,13 +35,12 @@ def features(recipe, degree, pixel_values):
 
 
 def whitened(dense):
-    """The inverse of the shrunken correlations of some features, as Ledoit and Wolf shrink them, and their spread."""
+    """The inverse of the correlations of some features, shrunken as their number asks for, and their spread."""
     rows = dense - dense.mean(axis=0)
     rows /= rows.std(axis=0)
-    correlations = rows.T @ rows / len(rows)
-    scatter = sum(np.sum((np.outer(row, row) - correlations) ** 2) for row in rows) / len(rows) ** 2
-    share = max(0.1, min(1, scatter / np.sum((correlations - np.eye(len(correlations))) ** 2)))
-    inverse = np.linalg.inv((1 - share) * correlations + share * np.eye(len(correlations)))
+    images, channels = rows.shape
+    share = max(0.1, 1 - images / (2 * channels))
+    inverse = np.linalg.inv((1 - share) * rows.T @ rows / images + share * np.eye(channels))
     return inverse / np.mean([row @ inverse @ row for row in rows]), dense.std(axis=0)
 
 
@@ -50,12 +49,18 @@ def found(images):
     return find_recipe(make_model(hf.ViTModel), images, [4, 0, 8], max_evaluations=20, batch_size=5)
 
 
-def test_what_it_reports_is_the_distance_to_the_untouched_model(found, images):
-    """In units of the spread of its features over all images."""
+@pytest.mark.parametrize("more", [0, 200])
+def test_what_it_reports_is_the_distance_to_the_untouched_model(found, images, more):
+    """In units of the spread of its features over all images, and over further ones."""
+    further = list(torch.randn(more, 3, 32, 32, generator=torch.Generator().manual_seed(6)))
+    if more:
+        spread_images = [{"pixel_values": image} for image in further]
+        found = find_recipe(make_model(hf.ViTModel), images, [4], spread_images=spread_images, max_evaluations=0)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
     pixel_values = torch.stack([image["pixel_values"] for image in images])
     dense = features(None, 0, pixel_values)
-    inverse, spread = whitened(dense)
+    all_images = torch.cat([pixel_values, torch.stack(further)]) if more else pixel_values
+    inverse, spread = whitened(features(None, 0, all_images))
     for row in found.results:
         for half, value in ((order[::2], row.distance), (order[1::2], row.held_out)):
             differences = (features(row.recipe, row.degree, pixel_values[half]) - dense[half]) / spread

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tocom_hf.cli.endings import CommandParser, run_command
 from tocom_hf.cli.loading import load_config, load_model, unmasked
-from tocom_hf.cli.samples import SampleKind, add_image_options, load_samples
+from tocom_hf.cli.samples import SampleKind, add_image_options, load_samples_and_more
 
 
 COMMAND = "tocom find-recipe"
@@ -27,6 +27,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", required=True, help="Pre-trained or fine-tuned: Hub id or folder.")
     parser.add_argument("--degrees", type=int, nargs="+", required=True, help="Degrees to search for.")
     add_image_options(parser)
+    parser.add_argument(
+        "--spread_samples", type=int, default=1500, help="Further ones, of which only the spread of features is taken."
+    )
     parser.add_argument("--max_evaluations", type=int, default=60, help="Schedules to try at each degree; 0 for none.")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
@@ -45,12 +48,13 @@ def search(args: argparse.Namespace) -> None:
     model = load_model(AutoModel, args.model_name_or_path, dtype=torch.float32, **unmasked(config)).eval()
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    samples = load_samples(args, kind)
+    samples, more = load_samples_and_more(args, kind, args.spread_samples)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     found = find_recipe(
         model,
         samples,
         args.degrees,
+        spread_images=more,
         max_evaluations=args.max_evaluations,
         batch_size=args.batch_size,
         seed=args.seed,

@@ -193,16 +193,23 @@ def load_samples(args: argparse.Namespace, kind: SampleKind) -> Any:
     Returns:
         A list of samples with `pixel_values`.
     """
+    return load_samples_and_more(args, kind, 0)[0]
+
+
+def load_samples_and_more(args: argparse.Namespace, kind: SampleKind, more: int) -> tuple[Any, Any]:
+    """What `load_samples` does, and up to so many further samples that are decoded when they are read, or `None`."""
     processor = kind.load_processor(args.model_name_or_path)
     loaded = kind.load(
         args.dataset_name,
         split=args.dataset_split,
         config_name=args.dataset_config_name,
         image_column=args.image_column,
-        max_samples=args.max_samples,
+        max_samples=args.max_samples + more,
     )
     processed = kind.process(loaded, processor, image_column=args.image_column)
-    return [processed[i] for i in range(len(processed))]
+    count = min(args.max_samples, len(processed))
+    rest = processed.select(range(count, len(processed))) if len(processed) > count else None
+    return [processed[i] for i in range(count)], rest
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:

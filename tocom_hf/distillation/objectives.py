@@ -86,9 +86,9 @@ class WhitenedFeatures:
     Images differ most in a few directions of the features, and a cosine is about these. Linear heads divide by the
     spread: a direction in which images hardly differ may decide between classes. So features count here after they were
     whitened, `(f - g)^T C^-1 (f - g)`, with the correlations C of a teacher's features over many images, in units of
-    what this is for one image and the mean of all. C is shrunk towards no correlations as Ledoit and Wolf do (2004,
-    "A well-conditioned estimator for large-dimensional covariance matrices"), by a tenth at least, which is about what
-    heads that were fitted to some hundred images resolve. Agreement is that of `Features`.
+    what this is for one image and the mean of all. C is shrunk towards no correlations, by a tenth at least, which is
+    about what heads that were fitted to some hundred images resolve; and the more, the fewer images there are below
+    twice the channels, because few say nothing of most directions. Agreement is that of `Features`.
 
     Attributes:
         metric: What differences of features are multiplied by, float32 `(features * hidden, features * hidden)`;
@@ -126,7 +126,7 @@ class WhitenedFeatures:
         spread = spread.clamp(min=1e-3 * spread.max())  # a channel that hardly moves shall not outweigh all others
         scaled = rows / spread  # (images, channels)
         correlations = scaled.T @ scaled / len(scaled)  # (channels, channels)
-        share = max(_LEAST_SHRINKAGE, _shrinkage(scaled, correlations))
+        share = max(_LEAST_SHRINKAGE, 1 - len(rows) / (2 * rows.shape[1]))
         values, vectors = torch.linalg.eigh(correlations)
         metric = vectors / ((1 - share) * values + share).sqrt() / spread[:, None]  # (channels, channels)
         metric = metric / (rows @ metric).square().sum(-1).mean().sqrt()
@@ -243,15 +243,6 @@ def _pooled(backbone: Backbone, outputs: Any) -> torch.Tensor:
     # that of Ovis 2 is one vector for each patch
     parts = [patch_mean] if pooled is None or pooled.shape != patch_mean.shape else [pooled, patch_mean]
     return torch.stack(parts, dim=1)
-
-
-def _shrinkage(rows: torch.Tensor, correlations: torch.Tensor) -> float:
-    """How far Ledoit and Wolf shrink the correlations of some rows, `(images, channels)`, towards the unit matrix."""
-    images, channels = rows.shape
-    # how far those of one image are from those of all, and these from none
-    scatter = (rows.square().sum(-1).square().mean() - correlations.square().sum()) / images
-    apart = (correlations - torch.eye(channels, device=rows.device, dtype=rows.dtype)).square().sum()
-    return min(1.0, float(scatter / apart)) if apart > 0 else 1.0
 
 
 def _distance(teacher: LayerInputs, student: LayerInputs, protected: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 """`find_recipe`: which tokens to merge, and in which layers, so that features stay what they are without merging."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ def find_recipe(
     images: Dataset,
     degrees: Sequence[int],
     *,
+    spread_images: Dataset | None = None,
     match_by: Sequence[str] = MATCH_BY,
     size_penalties: Sequence[float] = (0.0, 0.02, 0.05, 0.1),
     max_evaluations: int = 60,
@@ -113,6 +114,9 @@ def find_recipe(
         images: Samples with finished `pixel_values`, float `(channels, height, width)`, of clips with the frames in
             front. One or two hundred suffice.
         degrees: The degrees to search for; 0 is left out.
+        spread_images: More images, from which only the spread of the features is taken, besides that of `images`. Heads
+            read features in directions of little spread, too, and these show with about twice as many images as the
+            features have channels. They go through the model once.
         match_by: What to try, of `MergeRecipe.match_by`.
         size_penalties: What to try, of `MergeRecipe.size_penalty`.
         max_evaluations: How many schedules to try at each degree; 0 leaves schedules alone.
@@ -156,14 +160,17 @@ def find_recipe(
     backbone = find_backbone(model)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     halves = [Subset(images, order[::2]), Subset(images, order[1::2])]
-    facts = {"model": BackboneFacts.of(backbone).sketch, "images": count, "seed": seed}
+    more = 0 if spread_images is None else len(spread_images)  # type: ignore[arg-type]
+    facts = {"model": BackboneFacts.of(backbone).sketch, "images": count, "spread_images": more, "seed": seed}
     with evaluation_mode(model), torch.no_grad():
         searching, held_out = (
             _Judge(backbone, half, batch_size, Progress(_of_half(progress, index), facts))
             for index, half in enumerate(halves)
         )
-        objective = WhitenedFeatures().fitted(torch.cat([*searching.references, *held_out.references]))
-        searching.objective = held_out.objective = objective
+        features = [*searching.references, *held_out.references]
+        if spread_images is not None:
+            features += searching.features(spread_images)
+        searching.objective = held_out.objective = WhitenedFeatures().fitted(torch.cat(features))
         search = _Search(searching, held_out, wanted, report or (lambda line: None))
         search.start()
         search.choose("matching", [replace(search.recipe, match_by=recipe.match_by) for recipe in tried])
@@ -181,16 +188,19 @@ class _Judge:
         self.progress = progress
         self.objective = WhitenedFeatures()
         self.flop_models: dict[str, FlopModel] = {}
-        parameter = next(backbone.module.parameters())
-        self.batches = [
-            batch["pixel_values"].to(parameter.device, parameter.dtype)
-            for batch in DataLoader(images, batch_size=batch_size)
-        ]
+        self.batch_size = batch_size
+        self.batches = list(self._load(images))
         # others than images are only taken at the size that the configuration names
         takes_any_size = backbone.architecture.inputs == "images"
-        self.example = Example.of(backbone, tuple(self.batches[0].shape[2:]) if takes_any_size else None, 1)
+        height, width = self.batches[0].shape[-2:]
+        self.example = Example.of(backbone, (height, width) if takes_any_size else None, 1)
         with merging_at(backbone, 0):
             self.references = [self.objective.outputs(backbone, batch) for batch in self.batches]
+
+    def features(self, images: Dataset) -> list[torch.Tensor]:
+        """Those without merging, of other images."""
+        with merging_at(self.backbone, 0):
+            return [self.objective.outputs(self.backbone, batch) for batch in self._load(images)]
 
     def distances(self, recipe: MergeRecipe, degree: int) -> torch.Tensor:
         """That of each image: float64 `(images,)`."""
@@ -219,6 +229,11 @@ class _Judge:
                 return self.example.count_at(list(schedule)).flops
 
         return self.progress.measured(f"FLOPs {match_by} {' '.join(map(str, schedule))}", count)
+
+    def _load(self, images: Dataset) -> Iterator[torch.Tensor]:
+        parameter = next(self.backbone.module.parameters())
+        for batch in DataLoader(images, batch_size=self.batch_size):
+            yield batch["pixel_values"].to(parameter.device, parameter.dtype)
 
     def _measure(self, recipe: MergeRecipe, degree: int) -> list[float]:
         found: list[Any] = []
@@ -298,7 +313,7 @@ class _Search:
         """
         layers = len(self.judge.backbone.layers)
         shape = [1 + slope * (1 - (2 * layer + 1) / layers) for layer in range(layers)]
-        for scale in range(10 * degree, 30 * degree):
+        for scale in range(5 * degree, 30 * degree):
             merges = tuple(round(scale / 10 * share) for share in shape)
             candidate = replace(recipe, schedules={**recipe.schedules, degree: merges})
             if self._fits(candidate, degree):
