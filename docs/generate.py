@@ -500,6 +500,7 @@ def learning_rates() -> str:
         "study_a_mix": "study A on a wider mix",
         "study_b": "study B",
         "study_b_224": "study B at 224 px",
+        "study_c": "study C",
     }
     for name, title in names.items():
         config = json.loads((STUDIES / f"{name}.json").read_text(encoding="utf-8"))
@@ -519,6 +520,11 @@ def learning_rates() -> str:
         )
     header = ["study", "plugins", "on", "rank", "batch", "steps", "`--learning_rate`", "rate that the optimiser sees"]
     return table(header, rows)
+
+
+def heads_at_224() -> str:
+    """What `heads.py` wrote of study C."""
+    return (RESULTS / "study_c" / "heads.md").read_text(encoding="utf-8").strip()
 
 
 # -- cost ---------------------------------------------------------------------------------------------------------
@@ -706,6 +712,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "study-a-paper": lambda: shares(ALL_A, "paper"),
     "study-b-short": lambda: shares(_short_b(), measure="won back"),
     "study-b": lambda: shares(ALL_B, measure="won back"),
+    "study-c": heads_at_224,
     "speed": speed,
     "memory": memory,
     "service": service,

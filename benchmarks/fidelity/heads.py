@@ -224,7 +224,9 @@ def table(rows: list[dict]) -> str:
         cells.append(_percent(row, "gain", "+") if "gain" in row else "")
         # a share of a loss that is not clear of its error says nothing
         clear = "lost" in row and row["lost"] > 2 * row["lost_se"]
-        cells.append(f"{100 * row['gain'] / row['lost']:.0f} %" if clear else "")
+        cells.append(
+            f"{100 * row['gain'] / row['lost']:.0f} ± {100 * row['gain_se'] / row['lost']:.0f} %" if clear else ""
+        )
         cells.append(f"{row['cosine']:.4f}" if "cosine" in row else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -1,12 +1,14 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """The README is short, its code runs as it stands, and prints what it says."""
 
+import os
 import re
 
 import pytest
+import transformers as hf
 from helpers.paths import ROOT
 
-from tocom_hf import TocomModel
+from tocom_hf import BackboneMismatchError, TocomModel
 from tocom_hf.cli.main import COMMANDS
 
 
@@ -37,13 +39,31 @@ def test_the_quickstart_prints_what_it_says(clone, capsys):
     assert isinstance(namespace["model"], TocomModel)
 
 
-def test_merging_alone_is_undone(clone):
+def test_the_set_for_everybody_fits_its_backbone_alone(clone):
+    """The block as it stands, with a model of random weights in the place of the reader's."""
+    config = hf.Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14, num_labels=10)
+    hf.Dinov2ForImageClassification(config).save_pretrained(clone / "you" / "dinov2-small-finetuned")
+    with pytest.raises(BackboneMismatchError, match="was not fine-tuned from it"):
+        run(1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("DINOV2_SMALL" not in os.environ, reason="needs DINOV2_SMALL, a folder of facebook/dinov2-small")
+def test_the_set_for_everybody_runs(clone):
+    config = hf.AutoConfig.from_pretrained(os.environ["DINOV2_SMALL"], num_labels=10)
+    model = hf.Dinov2ForImageClassification.from_pretrained(os.environ["DINOV2_SMALL"], config=config)
+    model.save_pretrained(clone / "you" / "dinov2-small-finetuned")
     model = run(1)["model"]
+    assert model.tocom.target_r > 0
+
+
+def test_merging_alone_is_undone(clone):
+    model = run(2)["model"]
     assert not any("tome" in name for module in model.modules() for name in vars(module))
 
 
 def test_every_block_of_code_is_run():
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
 
 
 def test_it_takes_two_minutes_to_read():

@@ -38,7 +38,7 @@ class RecipeResult:
         what: Which part of the recipe was added last: `ToMe`, the matching, the size penalty or the schedule.
         recipe: The recipe.
         distance: How far features are from those of r = 0, on the images that the search went by: the mean of
-            `WhitenedFeatures`, which is 0 where nothing changed and 1 for the features of another image.
+            `WhitenedFeatures`, which is 0 where nothing changed and 1 for an image whose features are the mean of all.
         held_out: The same on the other half of the images.
         held_out_error: Standard error of the difference to the row before, on the other half.
         gflops: Floating-point operations for one image, in units of 10^9.
