@@ -336,6 +336,15 @@ def test_every_command_names_the_extra_that_it_needs(refused, monkeypatch, name,
     assert "pip install 'tocom-hf[" in line
 
 
+@pytest.mark.parametrize("name", ["distill", "evaluate", "finetune", "find-recipe", "fit-plugins", "fit-scales"])
+def test_commands_that_train_name_one_extra_for_all(refused, monkeypatch, name):
+    """Also for the package that a smaller one brings."""
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    for module in [name for name in sys.modules if name.startswith("tocom_hf.data")]:
+        monkeypatch.delitem(sys.modules, module)
+    assert "needs PIL, which is not installed. Run: pip install 'tocom-hf[train]'" in refused(name, *COMPLETE[name])
+
+
 def test_a_reader_that_has_gone_is_no_error():
     """As in `tocom evaluate ... | head -0`."""
     code = (

@@ -11,7 +11,7 @@ import transformers as hf
 from helpers.families import FAMILIES
 from helpers.models import describe, make_model
 
-from tocom_hf import ArgumentError, UnsupportedModelError, apply_tome, trace_tokens
+from tocom_hf import ArgumentError, DatasetError, UnsupportedModelError, apply_tome, trace_tokens
 from tocom_hf.distillation.objectives import OBJECTIVES, find_objective
 from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.merging.inputs import model_inputs
@@ -54,6 +54,27 @@ def test_whitened_features_are_compared_by_their_mahalanobis_distance(count, sha
     objective = OBJECTIVES["whitened_features"].fitted(features)
     np.testing.assert_allclose(objective.distances(teacher, student).numpy(), expected, rtol=1e-4)
     assert objective.loss(teacher, student).item() == pytest.approx(expected.mean(), rel=1e-4)
+
+
+def test_images_that_are_not_finite_have_no_part_in_the_spread():
+    features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    poisoned = torch.cat([features, torch.full((1, 6), torch.nan), torch.full((1, 6), torch.inf)])
+    objective = OBJECTIVES["whitened_features"]
+    assert torch.equal(objective.fitted(poisoned).metric, objective.fitted(features).metric)
+
+
+@pytest.mark.parametrize("features", [torch.ones(5, 4), torch.full((5, 4), torch.nan), torch.rand(1, 4)])
+def test_features_without_a_spread_are_refused(features):
+    with pytest.raises(DatasetError, match=r"features of \d images have no spread"):
+        OBJECTIVES["whitened_features"].fitted(features)
+
+
+def test_whitened_features_are_compared_in_float32_under_autocast():
+    features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    objective = OBJECTIVES["whitened_features"].fitted(features)
+    expected = objective.distances(features[:5], features[5:10])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(objective.distances(features[:5], features[5:10]), expected)
 
 
 def test_whitened_features_need_their_spread():

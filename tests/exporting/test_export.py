@@ -262,6 +262,36 @@ def test_openvino_graphs_give_what_the_model_gives(tmp_path):
     require_same(export(model, tmp_path / "out", format="openvino", degrees=[4]), model)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "capabilities", "device", "hint"),
+    [
+        ("float32", ["BF16", "FP32"], "CPU", "f32"),
+        ("float16", ["BF16", "FP32"], "CPU", "f32"),
+        ("float16", ["FP16", "BF16", "FP32"], "CPU", None),
+        ("float16", ["BF16", "FP32"], "AUTO", None),
+    ],
+)
+def test_openvino_keeps_the_precision_of_an_export(tmp_path, monkeypatch, dtype, capabilities, device, hint):
+    """Whatever a processor would take by itself, and unless the user says otherwise."""
+    openvino = pytest.importorskip("openvino", reason="needs the extra openvino")
+    pytest.importorskip("onnxscript", reason="needs the extra onnx")
+    folder = export(make_tocom_model(layers=1), tmp_path / "out", format="openvino", degrees=[4], dtype=dtype)
+    seen = []
+
+    class Core(openvino.Core):
+        def get_property(self, device, name):
+            return capabilities
+
+        def compile_model(self, model, device, config):
+            seen.append(config.get("INFERENCE_PRECISION_HINT"))
+            return super().compile_model(model, "CPU", {})
+
+    monkeypatch.setattr(openvino, "Core", Core)
+    for options in ({}, {"INFERENCE_PRECISION_HINT": "bf16"}):
+        ExportedTocom(folder, device=device, options=options)(make_images())
+    assert seen == [hint, "bf16"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_standalone_openvino_graphs_run_by_themselves(model, tmp_path, dtype):

@@ -103,6 +103,7 @@ def test_an_agreement_grid_and_hardware_are_rendered(plugins):
     [
         ("logits", "predicts the same class", "divergence"),
         ("features", "The cosine", "distance of their normalised"),
+        ("whitened_features", "The cosine", "whitened by the\nteacher's"),
         ("hidden_states", "The cosine", "every layer but the first"),
         ("label_probabilities", "The share of labels", "divergence of each label's probability"),
         ("values", "How close (times 100", "squared difference of the values"),
@@ -129,6 +130,16 @@ def test_the_card_of_a_set_for_one_source_degree_says_so(plugins):
     assert "weights trained\nwhile merging 6 tokens a layer" in card.text
     assert "any checkpoint fine-tuned from it at this degree\n" in card.text
     assert "| m \\ n | 0 | 3 | 6 |\n|---|---|---|---|\n| 6 | 50.0 | 75.0 | 100.0 |" in card.text
+
+
+@pytest.mark.parametrize(("degrees", "middle"), [([2, 6], 2), ([0, 5, 6], 5), (None, 3), ("0 6", 3), (["0"], 3)])
+def test_the_card_says_which_degrees_were_trained(plugins, degrees, middle):
+    """And shows one of them. The set is one of r = 0 to 6, and what a file says may be anything."""
+    plugins.config.training = {} if degrees is None else {"train_degrees": degrees}
+    text = plugin_set_card(plugins.config, "user/set").text
+    assert f"model.set_target_r({middle})" in text
+    said = isinstance(degrees, list) and isinstance(degrees[0], int)
+    assert ("They were trained at r = " + ", ".join(map(str, degrees or ())) + " alone." in text) == said
 
 
 @pytest.mark.parametrize("grid", [None, [], {"degrees": 3}, {"degrees": [0], "plain": [["x"]], "tocom": [[2.0]]}])

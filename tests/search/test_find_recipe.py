@@ -2,6 +2,7 @@
 """The search for a recipe: what it measures, what it keeps, and how it goes on."""
 
 import itertools
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image as Pictures
 
 from tocom_hf import ArgumentError, DatasetError, DegreeError, MergeRecipe, apply_tome, count_flops, find_recipe
 from tocom_hf.cli.find_recipe import main
+from tocom_hf.cli.samples import SampleKind, load_samples_and_more
 from tocom_hf.cost.flops import Example
 from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.merging.recipes import TOME_RECIPE
@@ -152,6 +154,23 @@ def test_wrong_arguments_are_refused_before_anything_runs(images):
         find_recipe(model, images[:3], [4])
 
 
+def test_the_command_draws_images_at_random_however_few_there_are(tmp_path, monkeypatch):
+    """The first ones of a file may all be of one class. Further ones are others."""
+    hf.ViTImageProcessorPil(size={"height": 8, "width": 8}, do_normalize=False).save_pretrained(tmp_path / "model")
+    pictures = [Pictures.new("RGB", (8, 8), (shade, 0, 0)) for shade in range(40)]
+    Dataset.from_dict({"image": pictures}).to_parquet(tmp_path / "images.parquet")
+    options = {"dataset_name": str(tmp_path / "images.parquet"), "dataset_split": "train", "image_column": "image"}
+    args = Namespace(model_name_or_path=str(tmp_path / "model"), dataset_config_name=None, max_samples=10, **options)
+    samples, further = load_samples_and_more(args, SampleKind(3), 100)
+    shades, others = (
+        [round(float(sample["pixel_values"].max() * 255)) for sample in part] for part in (samples, further)
+    )
+    assert sorted(shades + others) == list(range(40))
+    assert len(shades) == 10
+    assert max(shades) > 20
+    assert load_samples_and_more(args, SampleKind(3), 0)[1] is None
+
+
 def test_the_command_writes_a_recipe_and_a_table(tmp_path, capsys):
     make_model(hf.ViTModel).save_pretrained(tmp_path / "model")
     hf.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
@@ -160,7 +179,12 @@ def test_the_command_writes_a_recipe_and_a_table(tmp_path, capsys):
     data.to_parquet(tmp_path / "images.parquet")
     arguments = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "images.parquet")]
     output = tmp_path / "recipe"
-    assert main([*arguments, "--degrees", "4", "--max_evaluations", "3", "--output_dir", str(output)]) == 0
+    assert (
+        main(
+            [*arguments, "--degrees", "4", "--max_evaluations", "3", "--max_samples", "5", "--output_dir", str(output)]
+        )
+        == 0
+    )
     recipe = MergeRecipe.load(output / "recipe.json")
     assert apply_tome(make_model(hf.ViTModel), 4, recipe=recipe) is not None
     assert (output / "recipe.md").read_text().startswith("| r | recipe | GFLOPs |")

@@ -203,7 +203,7 @@ def distill_set(arguments: "tuple[ScriptArguments, DistillationArguments]") -> N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(COMMAND, parse_args, distill_set, argv)
+    return run_command(COMMAND, parse_args, distill_set, argv, extra="train")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def run_command(
     parse_args: Callable[[Sequence[str] | None], Arguments],
     job: Callable[[Arguments], None],
     argv: Sequence[str] | None = None,
+    extra: str | None = None,
 ) -> int:
     """Parse the command line, do the job, and end in the one way in which every command ends.
 
@@ -73,6 +74,7 @@ def run_command(
         parse_args: Makes the arguments from the command line.
         job: Does the work.
         argv: The command line without the program; by default that of the process.
+        extra: The extra that brings all that the command needs, as in `require_extras`.
 
     Returns:
         The exit code: 0, 2 for wrong use, 128 and the signal's number for a distillation that was told to stop.
@@ -87,14 +89,14 @@ def run_command(
         with progress_bars_on_terminals_only():
             job(arguments)
 
-    return end_like_a_command(command, run)
+    return end_like_a_command(command, run, extra)
 
 
-def end_like_a_command(command: str, run: Callable[[], None]) -> int:
+def end_like_a_command(command: str, run: Callable[[], None], extra: str | None = None) -> int:
     """What `run_command` does, for a function that parses its command line itself."""
     try:
         try:
-            with require_extras(command):
+            with require_extras(command, extra):
                 run()
         finally:
             # A reader that has gone is found here, and not when the interpreter ends.

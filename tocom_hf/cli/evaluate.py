@@ -284,7 +284,7 @@ def device_name(device: "torch.device") -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(COMMAND, parse_args, evaluate, argv)
+    return run_command(COMMAND, parse_args, evaluate, argv, extra="train")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
-"""Choose what tokens are matched by and how many merge in which layer, on a hundred or two unlabelled images.
+"""Choose what tokens are matched by and how many merge in which layer, on a few hundred unlabelled images.
 
     tocom find-recipe --model_name_or_path facebook/dinov2-small --dataset_name food101 --degrees 8 12 16 \\
         --output_dir recipe-dinov2-small
@@ -17,9 +17,11 @@ from pathlib import Path
 from tocom_hf.cli.endings import CommandParser, run_command
 from tocom_hf.cli.loading import load_config, load_model, unmasked
 from tocom_hf.cli.samples import SampleKind, add_image_options, load_samples_and_more
+from tocom_hf.merging.schedule import require_degree
 
 
 COMMAND = "tocom find-recipe"
+_SPREAD_IMAGES = 1500
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -28,7 +30,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--degrees", type=int, nargs="+", required=True, help="Degrees to search for.")
     add_image_options(parser)
     parser.add_argument(
-        "--spread_samples", type=int, default=1500, help="Further ones, of which only the spread of features is taken."
+        "--spread_samples",
+        type=int,
+        help="Further ones, of which only the spread of features is taken; default: 1500 images, but no clips.",
     )
     parser.add_argument("--max_evaluations", type=int, default=60, help="Schedules to try at each degree; 0 for none.")
     parser.add_argument("--batch_size", type=int, default=32)
@@ -48,13 +52,15 @@ def search(args: argparse.Namespace) -> None:
     model = load_model(AutoModel, args.model_name_or_path, dtype=torch.float32, **unmasked(config)).eval()
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    samples, more = load_samples_and_more(args, kind, args.spread_samples)
+    default = _SPREAD_IMAGES if kind.num_frames is None else 0
+    more = default if args.spread_samples is None else require_degree(args.spread_samples, "spread_samples")
+    samples, spread_samples = load_samples_and_more(args, kind, more)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     found = find_recipe(
         model,
         samples,
         args.degrees,
-        spread_images=more,
+        spread_images=spread_samples,
         max_evaluations=args.max_evaluations,
         batch_size=args.batch_size,
         seed=args.seed,
@@ -68,7 +74,7 @@ def search(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(COMMAND, parse_args, search, argv)
+    return run_command(COMMAND, parse_args, search, argv, extra="train")
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ def finetune(arguments: "tuple[ScriptArguments, TrainingArguments]") -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(COMMAND, parse_args, finetune, argv)
+    return run_command(COMMAND, parse_args, finetune, argv, extra="train")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def fit(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(COMMAND, parse_args, fit, argv)
+    return run_command(COMMAND, parse_args, fit, argv, extra="train")
 
 
 if __name__ == "__main__":

@@ -206,6 +206,8 @@ def load_samples_and_more(args: argparse.Namespace, kind: SampleKind, more: int)
         image_column=args.image_column,
         max_samples=args.max_samples + more,
     )
+    if more:
+        loaded = loaded.shuffle(seed=0)  # all of a small data set come in its own order
     processed = kind.process(loaded, processor, image_column=args.image_column)
     count = min(args.max_samples, len(processed))
     rest = processed.select(range(count, len(processed))) if len(processed) > count else None

@@ -64,7 +64,7 @@ class DistillationArguments:
     source_r: int | None = _argument(None, "Degree of every teacher, for weights trained at it; default: any.")
     degree_sampler: str = _argument("uniform", "How degrees are drawn: uniform, adjacent or antithetic.")
     train_degrees: list[int] | None = _argument(
-        None, "The degrees that are drawn, such as 0 8 12 16; default: all from 0 to max_r."
+        None, "The only degrees that are learnt, such as 0 8 12 16; default: all from 0 to max_r."
     )
 
     num_train_epochs: Count = _argument(10, "Passes over the data set. Ignored where max_steps is given.")
@@ -170,7 +170,7 @@ class DistillationArguments:
 
     def degrees(self) -> list[int]:
         """The student's degrees in the agreement grid."""
-        degrees = self.eval_degrees
+        degrees = self.eval_degrees or self.train_degrees
         if not degrees:
             steps = min(4, self.max_r)
             degrees = [round(self.max_r * step / steps) for step in range(steps + 1)]

@@ -68,7 +68,8 @@ def find_sampler(name: str, source_r: int | None = None, degrees: Collection[int
     Args:
         name: One of `SAMPLERS`.
         source_r: The degree of every teacher.
-        degrees: The degrees that are drawn, beside `source_r`; by default all from 0 to `max_r`.
+        degrees: The degrees that are drawn, beside `source_r`; by default all from 0 to `max_r`. Samplers go by the
+            places in this list: to `adjacent` two neighbours in it are the closest.
 
     Raises:
         ArgumentError: if there is none of that name, or `source_r` is given to one that draws both degrees.

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tocom_hf.devices import float64_device
 from tocom_hf.distillation.heads import Logits, has_head, head_of, is_timm_classifier
-from tocom_hf.errors import ArgumentError, UnsupportedModelError
+from tocom_hf.errors import ArgumentError, DatasetError, UnsupportedModelError
 from tocom_hf.merging.backbones import Backbone
 from tocom_hf.merging.inputs import model_inputs
 from tocom_hf.merging.tokens import group_sizes, mean_over_groups
@@ -116,11 +116,22 @@ class WhitenedFeatures:
         """That of each image, 0 where both agree: `(batch,)`."""
         if self.metric is None:
             raise ArgumentError("The spread of the features is not known yet: use what fitted(features) returns.")
-        return ((student - teacher) @ self.metric).square().sum(-1)
+        with torch.autocast(student.device.type, enabled=False):
+            return ((student - teacher).float() @ self.metric).square().sum(-1)
 
     def fitted(self, features: torch.Tensor) -> "WhitenedFeatures":
-        """The objective whose metric is that of some features of a teacher, `(images, features * hidden size)`."""
+        """The objective whose metric is that of some features of a teacher, `(images, features * hidden size)`.
+
+        Raises:
+            DatasetError: if fewer than two images have features that are finite, or all have the same.
+        """
         rows = features.to(float64_device(features.device)).double()
+        rows = rows[rows.isfinite().all(dim=1)]
+        if not (rows[1:] != rows[:1]).any():
+            raise DatasetError(
+                f"The features of {len(features)} images have no spread: {len(rows)} of them are finite, and these do "
+                "not differ. Look for images that are not finite, or all the same."
+            )
         rows = rows - rows.mean(dim=0)
         spread = rows.std(dim=0, correction=0)  # (channels,)
         spread = spread.clamp(min=1e-3 * spread.max())  # a channel that hardly moves shall not outweigh all others

@@ -43,6 +43,9 @@ def plugin_set_card(
     facts, title = config.backbone, repo_id.rpartition("/")[2]
     entries = [entry for entry in config.evaluation if _is_complete(entry)]
     training = config.training
+    # a configuration of somebody else may hold anything
+    listed = training.get("train_degrees")
+    trained_degrees = sorted(listed) if isinstance(listed, list) and all(isinstance(r, int) for r in listed) else []
     names = (training.get("dataset_id"), training.get("dataset"))
     datasets = [str(name) for name in names if _is_hub_id(name, namespace=True)]
     data = ModelCardData(
@@ -68,7 +71,8 @@ def plugin_set_card(
         use_target_r=config.min_r if config.source_r == config.max_r else config.max_r,
         min_r=config.min_r,
         max_r=config.max_r,
-        middle_r=(config.min_r + config.max_r) // 2,
+        middle_r=_middle(config.min_r, config.max_r, trained_degrees),
+        trained_degrees=trained_degrees,
         backbone=_backbone_of("model", facts.model_type),
         **_inputs(facts.model_type, facts.image_size, facts.patch_size),
         facts=[
@@ -90,6 +94,12 @@ def plugin_set_card(
         recipe=[(key, value) for key, value in training.items() if key not in _NOT_RECIPE and value is not None],
         hardware=training.get("hardware"),
     )
+
+
+def _middle(min_r: int, max_r: int, trained_degrees: list[int]) -> int:
+    """The degree in the middle of a set, or the trained one that is nearest to it."""
+    middle = (min_r + max_r) // 2
+    return min(trained_degrees or [middle], key=lambda degree: abs(degree - middle))
 
 
 def checkpoint_card(config: PreTrainedConfig, plugins: PluginSetConfig | None, repo_id: str) -> ModelCard:
