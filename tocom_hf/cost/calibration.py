@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from tocom_hf.cost.budget import Budget
-from tocom_hf.cost.flops import Example
+from tocom_hf.cost.flops import Example, height_and_width
 from tocom_hf.cost.timing import DegreeCost, measure_costs
 from tocom_hf.devices import describe_device, evaluation_mode
 from tocom_hf.errors import ArgumentError, BudgetError, CalibrationError, DegreeError
@@ -280,7 +280,11 @@ def calibrate(
 
 
 def choose_degree(
-    backbone: Backbone, budget: Budget, degrees: Sequence[int], calibration: Calibration | str | Path | None
+    backbone: Backbone,
+    budget: Budget,
+    degrees: Sequence[int],
+    calibration: Calibration | str | Path | None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> int:
     """The smallest of `degrees` at which a model is within a budget, measured now unless a calibration is given.
 
@@ -289,10 +293,11 @@ def choose_degree(
         budget: The wanted cost.
         degrees: What the model can run at.
         calibration: Measured before; or a file to read it from, or to write it to if there is none.
+        image_size: Height and width in pixels; by default those of the model's configuration, or of the calibration.
 
     Raises:
         BudgetError: if no degree meets the budget.
-        CalibrationError: if the calibration belongs to a model of another shape.
+        CalibrationError: if the calibration belongs to a model of another shape, or to images of another size.
     """
     if calibration is not None and not isinstance(calibration, Calibration) and Path(calibration).exists():
         calibration = Calibration.from_json_file(calibration)
@@ -302,13 +307,18 @@ def choose_degree(
                 f"The calibration was measured for another model ({calibration.model}) than this one "
                 f"({_shape_of(backbone)}). Call calibrate(model) for this one."
             )
+        if image_size is not None and calibration.input_size[-2:] != height_and_width(image_size):
+            raise CalibrationError(
+                f"The calibration was measured for inputs of {_times(calibration.input_size)}, not for images of "
+                f"{_times(height_and_width(image_size))}. Call calibrate(model, image_size={image_size})."
+            )
     elif calibration is None and budget.name == "target_gflops":
         # no need to measure time
-        example = Example.of(backbone, image_size=None, batch_size=1)
+        example = Example.of(backbone, image_size, batch_size=1)
         figures = {degree: example.count_at(degree).flops / 1e9 for degree in degrees}
         return budget.choose(figures, "one image")
     else:
-        calibration = calibrate(backbone.model, degrees=degrees, cache_file=calibration)
+        calibration = calibrate(backbone.model, image_size, degrees=degrees, cache_file=calibration)
     return calibration.degree_for(**{budget.name: budget.value}, degrees=degrees)
 
 

@@ -137,7 +137,7 @@ def _images(
 ) -> torch.Tensor:
     """Random images, `(batch, channels, height, width)`."""
     measures = backbone.dimensions
-    height, width = _image_size(measures.image_size if image_size is None else image_size)
+    height, width = height_and_width(measures.image_size if image_size is None else image_size)
     patch_height, patch_width = as_pair(measures.patch_size)
     if height < patch_height or width < patch_width:
         raise ArgumentError(
@@ -174,7 +174,7 @@ def _wants_text(model: PreTrainedModel) -> bool:
     return any(name.endswith("input_ids") for name in inspect.signature(type(model).forward).parameters)
 
 
-def _image_size(size: object) -> tuple[int, int]:
+def height_and_width(size: object) -> tuple[int, int]:
     """Height and width of what a caller gives as one integer or two."""
     pair = (size, size) if isinstance(size, int) else size
     if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(type(side) is int for side in pair):
