@@ -221,9 +221,11 @@ def table(rows: list[dict]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     for row in rows:
         cells = [f"`{row['task']}`", row["change"], row["what"], _percent(row, "accuracy", "")]
-        cells.append(_percent(row, "gain", "+") if "gain" in row else "")
+        # that of ToMe's rule over itself is none
+        has_gain = row.get("gain_se", 0) > 0
+        cells.append(_percent(row, "gain", "+") if has_gain else "")
         # a share of a loss that is not clear of its error says nothing
-        clear = "lost" in row and row["lost"] > 2 * row["lost_se"]
+        clear = has_gain and "lost" in row and row["lost"] > 2 * row["lost_se"]
         cells.append(
             f"{100 * row['gain'] / row['lost']:.0f} ± {100 * row['gain_se'] / row['lost']:.0f} %" if clear else ""
         )
