@@ -500,7 +500,7 @@ def learning_rates() -> str:
         "study_a_mix": "study A on a wider mix",
         "study_b": "study B",
         "study_b_224": "study B at 224 px",
-        "study_c": "study C",
+        "dinov2_small": "study C",
     }
     for name, title in names.items():
         config = json.loads((STUDIES / f"{name}.json").read_text(encoding="utf-8"))

@@ -135,7 +135,7 @@ def test_a_wanted_cost_is_one_at_the_size_of_the_images(model):
     for image_size, degree in ((None, 0), (48, 2), ((48, 48), 2)):
         tocom = TocomModel.from_pretrained(
             copy.deepcopy(model), source_r=0, plugins=make_plugins(model, max_r=6), target_gflops=wanted,
-            image_size=image_size,
+            target_image_size=image_size,
         )  # fmt: skip
         assert tocom.target_r == degree
 
@@ -143,13 +143,13 @@ def test_a_wanted_cost_is_one_at_the_size_of_the_images(model):
 def test_a_calibration_for_images_of_another_size_is_refused(model, tmp_path):
     known = quick(model, cache_file=tmp_path / "cost.json")
     settings = {"source_r": 0, "plugins": make_plugins(model, max_r=6), "target_speedup": 0.1}
-    assert TocomModel.from_pretrained(model, **settings, calibration=known, image_size=32).target_r == 0
+    assert TocomModel.from_pretrained(model, **settings, calibration=known, target_image_size=32).target_r == 0
     with pytest.raises(CalibrationError, match=r"inputs of 3 x 32 x 32, not for images of 48 x 48\. Call calibrate"):
-        TocomModel.from_pretrained(model, **settings, calibration=known, image_size=48)
+        TocomModel.from_pretrained(model, **settings, calibration=known, target_image_size=48)
     with pytest.raises(ArgumentError, match="image_size must be an integer or two"):
-        TocomModel.from_pretrained(model, **settings, calibration=known, image_size="48")
-    with pytest.raises(BudgetError, match="image_size says what a wanted cost is meant for"):
-        TocomModel.from_pretrained(model, source_r=0, target_r=0, image_size=48)
+        TocomModel.from_pretrained(model, **settings, calibration=known, target_image_size="48")
+    with pytest.raises(BudgetError, match="target_image_size says what a wanted cost is meant for"):
+        TocomModel.from_pretrained(model, source_r=0, target_r=0, target_image_size=48)
 
 
 def test_class_tokens_alone_are_counted_where_they_alone_are_left(model):

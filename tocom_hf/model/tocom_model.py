@@ -100,7 +100,7 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
         target_latency_ms: float | None = None,
         target_gflops: float | None = None,
         calibration: Calibration | str | Path | None = None,
-        image_size: int | tuple[int, int] | None = None,
+        target_image_size: int | tuple[int, int] | None = None,
         recipe: MergeRecipe | str | Path | None = None,
         backbone: str | None = None,
         **kwargs: Any,
@@ -124,8 +124,8 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
                 the model is loaded to, unless a calibration is given.
             calibration: What `calibrate` measured, for other batch sizes, devices or machines; or a file that holds it,
                 which is written if it is missing.
-            image_size: Height and width in pixels that a wanted cost is meant for; by default those of the model's
-                configuration, which of DINOv2 are 518, whatever the images have.
+            target_image_size: Height and width in pixels that a wanted cost is meant for; by default those of the
+                model's configuration, which of DINOv2 are 518, whatever the images have.
             recipe: How tokens merge, or a file that says it; as in `apply_tome`. Not needed where the plugin set or the
                 checkpoint records it; all must agree.
             backbone: Which part merges, for models with several that could; as in `apply_tome`. Not needed for
@@ -143,15 +143,17 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
             HubError: if the Hub refuses or fails a request, or cannot be reached.
             ArgumentError: if code or pickled weights were to be loaded (`trust_remote_code`, `use_safetensors=False`);
                 if several parts could merge and `backbone` does not name one; if recipes differ.
-            BudgetError: if a wanted cost is given twice, beside `target_r`, or cannot be reached; or `image_size`
-                without one.
+            BudgetError: if a wanted cost is given twice, beside `target_r`, or cannot be reached; or
+                `target_image_size` without one.
             CalibrationError: if the calibration cannot be read or belongs to another model.
         """
         budget = Budget.of(target_speedup, target_latency_ms, target_gflops)
         if budget is not None and target_r is not None:
             raise BudgetError(f"Give target_r or {budget.name}, not both.")
-        if budget is None and image_size is not None:
-            raise BudgetError("image_size says what a wanted cost is meant for: give target_speedup, for instance.")
+        if budget is None and target_image_size is not None:
+            raise BudgetError(
+                "target_image_size says what a wanted cost is meant for: give target_speedup, for instance."
+            )
         given = None
         if isinstance(pretrained_model_name_or_path, nn.Module):
             given = find_backbone(pretrained_model_name_or_path, backbone)
@@ -173,7 +175,7 @@ class TocomModel(RuntimeSubclass, PreTrainedModel):
         found = find_backbone(loaded.model, backbone or loaded.backbone) if given is None else given
         target_r = loaded.target_r
         if budget is not None:
-            target_r = choose_degree(found, budget, loaded.degrees, calibration, image_size)
+            target_r = choose_degree(found, budget, loaded.degrees, calibration, target_image_size)
         state = TocomState(loaded.source_r, loaded.source_r, loaded.scale, loaded.plugins, loaded.recipe)
         return equip(found, state, target_r, TocomModel)
 
