@@ -80,3 +80,8 @@ def test_plugins_that_would_learn_nothing_are_refused(degrees):
 
 def test_the_source_degree_is_drawn_in_any_case():
     assert DistillationArguments(max_r=8, source_r=0, train_degrees=[8]).train_degrees == [8]
+
+
+def test_the_grid_has_the_degrees_that_are_learnt():
+    assert DistillationArguments(max_r=8, source_r=0, train_degrees=[5, 8]).degrees() == [0, 5, 8]
+    assert DistillationArguments(max_r=8, train_degrees=[0, 8], eval_degrees=[0, 4, 8]).degrees() == [0, 4, 8]

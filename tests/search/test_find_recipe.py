@@ -18,6 +18,7 @@ from tocom_hf.cli.samples import SampleKind, load_samples_and_more
 from tocom_hf.cost.flops import Example
 from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.merging.recipes import TOME_RECIPE
+from tocom_hf.search import find_recipe as module
 from tocom_hf.search.flop_model import FlopModel
 
 
@@ -94,6 +95,31 @@ def test_flops_of_any_schedule_follow_from_a_few(match_by):
         flops = FlopModel(lambda schedule: example.count_at(list(schedule)).flops, 65, 1, 4)
         for schedule in ([5, 5, 5, 5], [0, 9, 0, 20], [32, 30, 1, 1], [1, 2, 3, 4]):
             assert flops(schedule) == pytest.approx(example.count_at(schedule).flops, rel=1e-9)
+
+
+@pytest.mark.parametrize("slope", [0.25, 1.0])
+def test_decreasing_schedules_take_all_of_the_flops_of_their_degree(images, monkeypatch, slope):
+    """The only candidate here, so that every recipe that is looked at is one."""
+    seen = []
+
+    class Judge(module._Judge):
+        def distances(self, recipe, degree):
+            seen.append(recipe)
+            return torch.zeros(6, dtype=torch.float64)
+
+    monkeypatch.setattr(module, "_Judge", Judge)
+    monkeypatch.setattr(module, "_SLOPES", (slope,))
+    find_recipe(make_model(hf.ViTModel), images, [8], match_by=[], size_penalties=[], max_evaluations=1)
+    [merges] = {recipe.schedules[8] for recipe in seen if recipe.schedules}
+    assert list(merges) == sorted(merges, reverse=True)
+    assert merges[0] > merges[-1]
+
+    def flops(schedule):
+        recipe = MergeRecipe(schedules={8: schedule})
+        return count_flops(apply_tome(make_model(hf.ViTModel), 0, recipe=recipe), 8)
+
+    budget = count_flops(make_model(hf.ViTModel), 8)
+    assert flops(merges) <= budget < flops(tuple(count - 1 for count in merges))
 
 
 def test_the_last_recipe_is_the_one_that_is_returned(found):
