@@ -128,7 +128,7 @@ class Service:
             self.wait()
 
     def wait_for_line(self) -> None:
-        """Until it says that it serves, for where another process answers on the same port."""
+        """Until it says that it serves, for where another process answers on the same port, or a part of its own."""
         assert self.process is not None
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -137,8 +137,11 @@ class Service:
         raise SystemExit(f"The service did not start; it ended with the code {self.process.wait()}.")
 
     def wait(self, seconds: float = 120) -> None:
-        """Until it answers."""
+        """Until it answers, and until all of its workers do."""
         import urllib.request
+
+        if "--workers" in self.options:
+            self.wait_for_line()
 
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -151,10 +154,19 @@ class Service:
         raise SystemExit(f"The service did not answer within {seconds:g} s.")
 
     def cpu_seconds(self) -> float:
-        """Processor time that it has taken."""
+        """Processor time that it has taken, its workers' included."""
         assert self.process is not None
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        ticks = 0
+        for pid in [self.process.pid, *self.workers()]:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def workers(self) -> list[int]:
+        """The process ids of its workers; none where it serves in one process."""
+        assert self.process is not None
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """The exit code."""

@@ -14,6 +14,7 @@ label, or a score that is off by more than 0.01, is wrong. Only images enter who
 import argparse
 import asyncio
 import importlib.util
+import os
 import signal
 import statistics
 import tempfile
@@ -30,7 +31,8 @@ from serving_references import make_examples, write_second_checkpoint
 from sessions import Results, versions
 
 
-ONE_PROCESS, ON_RAY = "tocom serve, one process", "Ray Serve, two replicas"
+ONE_PROCESS, TWO_WORKERS = "tocom serve, one process", "tocom serve, two workers"
+ON_RAY = "Ray Serve, two replicas"
 COLUMNS = {
     "service": "service", "fault": "fault", "load": "requests/s offered", "sent": "sent", "answered": "answered",
     "refused": "refused", "lost": "lost", "wrong": "wrong", "p50_ms": "p50 ms", "p95_ms": "p95 ms",
@@ -239,6 +241,24 @@ async def killed(bench: Bench) -> dict:
         return row
 
 
+async def worker_killed(bench: Bench) -> dict:
+    """One of two workers is killed (SIGKILL), and the command starts another by itself."""
+    service = bench.service("--workers", 2)
+    with serving(service):
+        await bench.warm_up()
+        rate = 0.5 * bench.dense
+        load = Load(service.port, bench.examples, retry_seconds=10)
+        begun = asyncio.create_task(load.run(rate, bench.args.seconds))
+        await asyncio.sleep(bench.args.seconds / 4)
+        first, since = service.workers()[0], time.perf_counter()
+        os.kill(first, signal.SIGKILL)
+        await begun
+        notes = "whom it was answering tries again, over connections to the other one"
+        row = bench.row("a worker is killed", f"{rate:.0f}", load.outcomes, since, notes, TWO_WORKERS)
+        service.stop()
+        return row
+
+
 async def swapped(bench: Bench) -> dict:
     """A second process with another checkpoint takes over, and the first is told to stop (SIGTERM)."""
     first = bench.service("--reuse_port")
@@ -342,6 +362,7 @@ FAULTS: dict[str, Callable[[Bench], Awaitable[dict]]] = {
     "overload_2": overload(2),
     "overload_4": overload(4),
     "killed": killed,
+    "worker_killed": worker_killed,
     "swapped": swapped,
     "full_disk": full_disk,
     "ray_killed": ray_killed,

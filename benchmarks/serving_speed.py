@@ -2,6 +2,7 @@
 """Requests a second of `tocom serve` in two commits of this repository, in turn on one machine.
 
     python benchmarks/serving_speed.py --before bcc3cbe
+    python benchmarks/serving_speed.py --before bcc3cbe --workers 2 --resume
     python benchmarks/serving_speed.py --before bcc3cbe --images_per_request 16 --resume
 
 Both services hold the embedded model at one degree and stay up; in each round every one of them answers as many
@@ -25,7 +26,8 @@ from tocom_hf.data.images import load_images
 
 BEFORE, AFTER = "before", "after"
 COLUMNS = {
-    "images_per_request": "images a request", "clients": "clients", "r": "r", "before": "before, requests/s",
+    "images_per_request": "images a request", "clients": "clients", "r": "r", "workers": "workers, after",
+    "before": "before, requests/s",
     "after": "after, requests/s", "ratio": "after over before", "cpu_before_ms": "before, CPU ms a request",
     "cpu_after_ms": "after, CPU ms a request", "p50_before_ms": "before, p50 ms", "p50_after_ms": "after, p50 ms",
     "p95_before_ms": "before, p95 ms", "p95_after_ms": "after, p95 ms", "objective_ms": "objective, ms",
@@ -34,8 +36,9 @@ COLUMNS = {
 NOTES = [
     "Requests/s are medians over the rounds; *after over before* is the median of the ratios of each round.",
     "Before lacks the packages that its extra `serve` did not bring yet: httptools.",
-    "The percentiles are of all requests of all rounds. CPU is the processor time of the service's process, all its "
-    "threads, over all requests.",
+    "The percentiles are of all requests of all rounds. CPU is the processor time of the service, all its threads and "
+    "workers, over all requests.",
+    "The service before has one process, which is all that it could.",
 ]
 
 
@@ -47,6 +50,7 @@ def parse_args() -> argparse.Namespace:
         help="Packages that the extra `serve` of that commit does not bring, so that its users lack them.",
     )  # fmt: skip
     parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=1, help="Of the service after.")
     parser.add_argument("--images_per_request", type=int, default=1)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--max_batch_size", type=int, default=32)
@@ -77,6 +81,11 @@ def make_requests(images_per_request: int) -> list[bytes]:
     return requests
 
 
+def key_of(args: argparse.Namespace) -> dict[str, int]:
+    """What one row is of."""
+    return {name: getattr(args, name) for name in ("images_per_request", "clients", "r", "workers")}
+
+
 def measure(services: dict[str, Service], args: argparse.Namespace) -> dict:
     """One row of the table."""
     requests = make_requests(args.images_per_request)
@@ -93,7 +102,7 @@ def measure(services: dict[str, Service], args: argparse.Namespace) -> dict:
             rates[name].append(args.requests / total)
             seconds[name] += each
     cuts = {name: statistics.quantiles(each, n=20) for name, each in seconds.items()}
-    row: dict = {"images_per_request": args.images_per_request, "clients": args.clients, "r": args.r}
+    row: dict = {**key_of(args)}
     for name in services:
         row[name] = round(statistics.median(rates[name]), 1)
         row[f"cpu_{name}_ms"] = round(1e3 * cpu[name] / (args.rounds * args.requests), 3)
@@ -109,8 +118,7 @@ def main() -> None:
     results = Results(
         args.output, f"tocom serve in {args.before} and after", COLUMNS, NOTES, packages, resume=args.resume
     )
-    key = {"images_per_request": args.images_per_request, "clients": args.clients, "r": args.r}
-    if results.has(**key):
+    if results.has(**key_of(args)):
         return
     with package_of(args.before, args.before_lacks) as before, tempfile.TemporaryDirectory() as folder:
         options = [
@@ -120,7 +128,7 @@ def main() -> None:
         ]  # fmt: skip
         services = {
             BEFORE: Service(args.port, options, package=before),
-            AFTER: Service(args.port + 1, options, package=ROOT),
+            AFTER: Service(args.port + 1, [*options, "--workers", args.workers], package=ROOT),
         }
         # in turn: the second one finds the calibration of the first
         with serving(services[BEFORE]), serving(services[AFTER]):

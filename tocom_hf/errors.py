@@ -93,6 +93,10 @@ class DistillationError(TocomError, RuntimeError):
     """A distillation cannot go on, for instance because its loss is no longer finite."""
 
 
+class WorkersError(TocomError, RuntimeError):
+    """A process of a service with several workers ended before it served."""
+
+
 class DistillationInterrupted(TocomError):  # noqa: N818, as KeyboardInterrupt
     """A distillation was told to stop (SIGTERM, SIGINT), after it had written a checkpoint.
 

@@ -350,6 +350,8 @@ def test_health_and_metrics(loaded):
         (["--max_megapixels", "1e6"], "Pillow opens no larger image"),
         (["--receive_seconds", "-1"], "--receive_seconds must be positive and finite, got -1"),
         (["--answer_seconds", "inf"], "--answer_seconds must be positive and finite, got inf"),
+        (["--workers", "0"], "expected a positive integer, got '0'"),
+        (["--workers", "2", "--host", "no such host"], "The service cannot listen on no such host, port 8000: "),
         (["--max_connections", "0"], "expected a positive integer, got '0'"),
         (["--max_connections", "1" + "0" * 9], "Raise that (ulimit -n), or allow fewer connections"),
         (["--port", "65536"], "--port must be 0 to 65535, got 65536"),
@@ -376,3 +378,16 @@ def test_the_command_says_where_it_serves_and_ends_when_it_is_told_to(monkeypatc
                 "--max_megabytes", "0.5")  # fmt: skip
     assert ended.code == 0
     assert ended.output.endswith("Serving on http://127.0.0.1:1\n")
+
+
+def test_workers_do_not_share_a_port_with_somebody_else(monkeypatch, refused):
+    """With the address of a service that shares its port, too: whoever wants that says `--reuse_port`."""
+    pytest.importorskip("uvicorn")
+    from tocom_hf.serving.server import bind
+
+    monkeypatch.setattr("tocom_hf.cli.serve.load_classifier", lambda args: pytest.fail("went on"))
+    with bind("127.0.0.1", 0, reuse_port=True) as other:
+        other.listen()
+        port = other.getsockname()[1]
+        message = refused("serve", "--model_name_or_path", CHECKPOINT, "--workers", "2", "--port", port)
+    assert f"The service cannot listen on 127.0.0.1, port {port}: " in message

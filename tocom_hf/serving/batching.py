@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -12,12 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from tocom_hf.deployed.scores import best_classes, kind_of_scores
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.serving.policy import DegreePolicy
 from tocom_hf.serving.preparing import Preparation
+from tocom_hf.serving.workers import METRICS_FOLDER
 
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
@@ -31,7 +34,10 @@ _WAVE_SHARE, _WAVE_SECONDS = 0.5, 0.02
 
 
 class Metrics:
-    """What `/metrics` shows, in a registry of its own."""
+    """What `/metrics` shows, in a registry of its own.
+
+    Where several processes serve one address, `show` has the figures of all of them: see `shared_metrics`.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -44,8 +50,16 @@ class Metrics:
         self.images = Counter("tocom_images", "Classified images by degree", ["target_r"], **where)
         self.batches = Histogram("tocom_batch_images", "Images in a batch", buckets=[2**i for i in range(9)], **where)
         self.switches = Counter("tocom_switches", "Changes of the degree", **where)
-        self.queued = Gauge("tocom_queued_images", "Images that wait", **where)
-        self.degree = Gauge("tocom_target_r", "Degree of the last batch", **where)
+        self.queued = Gauge("tocom_queued_images", "Images that wait", multiprocess_mode="livesum", **where)
+        self.degree = Gauge("tocom_target_r", "Degree of the last batch", multiprocess_mode="livemostrecent", **where)
+
+    def show(self) -> bytes:
+        """All figures in the text format of Prometheus."""
+        if METRICS_FOLDER not in os.environ:
+            return generate_latest(self.registry)
+        shared = CollectorRegistry()
+        MultiProcessCollector(shared)
+        return generate_latest(shared)
 
 
 @dataclass

@@ -48,6 +48,12 @@ def bind(host: str, port: int, reuse_port: bool = False) -> socket.socket:
     return listener
 
 
+def address_of(listener: socket.socket) -> str:
+    """What a client types."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def find_max_connections(wanted: int | None) -> int:
     """How many connections may be open at once.
 
@@ -86,8 +92,7 @@ def make_server(app: Starlette, listener: socket.socket, started: Callable[[str]
         started: Is told the address when requests are answered.
     """
     limits, metrics = app.state.limits, app.state.metrics
-    host, port = listener.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    address = address_of(listener)
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:

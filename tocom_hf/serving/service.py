@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from fastapi import HTTPException
 from PIL import Image
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import Request
@@ -115,7 +115,7 @@ def create_app(
         )
 
     async def show_metrics(request: Request) -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.show(), media_type=CONTENT_TYPE_LATEST)
 
     async def health(request: Request) -> Response:
         alive = not app.state.worker.done()
