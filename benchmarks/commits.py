@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -104,20 +106,21 @@ class Worker:
 
     Args:
         package: The folder whose `tocom_hf` it imports.
-        cell: Model, image size, batch size, r, and 1 where it is compiled.
+        script: What it runs, with `--worker` and the arguments. It prints a line for each line that it reads.
+        arguments: As it takes them.
     """
 
-    def __init__(self, package: Path, cell: tuple):
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker", *map(str, cell)]
+    def __init__(self, package: Path, script: str, arguments: Iterable):
+        command = [sys.executable, str(Path(script).resolve()), "--worker", *map(str, arguments)]
         environment = {**os.environ, "PYTHONPATH": str(package)}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=package
         )
 
-    def ask(self, question: str, name: str) -> float:
+    def ask(self, question: str, argument: object = "") -> float:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(question, name, file=self.process.stdin, flush=True)
+        print(question, argument, file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
             raise SystemExit(f"A worker ended with code {self.process.wait()}; its message stands above.")
@@ -129,12 +132,21 @@ class Worker:
         self.process.wait()
 
 
+@contextmanager
+def packages_of(before: str) -> Iterator[dict[str, Path]]:
+    """The folders of the package in a commit and in the working tree, within the `with` block."""
+    with tempfile.TemporaryDirectory() as folder:
+        archive = subprocess.run(["git", "archive", before, "tocom_hf"], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        yield {BEFORE: Path(folder), AFTER: ROOT}
+
+
 def measure(packages: dict[str, Path], cell: tuple, rounds: int) -> dict:
     """One row of the table."""
     from inference import count_flops
 
     size, image_size, batch_size, r, compiled = cell
-    workers = {commit: Worker(package, cell) for commit, package in packages.items()}
+    workers = {commit: Worker(package, __file__, cell) for commit, package in packages.items()}
     times: dict[tuple[str, str], list[float]] = {(commit, name): [] for commit in workers for name in VARIANTS}
     memory = {(commit, name): workers[commit].ask("memory", name) / 2**20 for commit, name in times}
     for _ in range(rounds):
@@ -173,10 +185,7 @@ def main() -> None:
         args.output, f"Merging in {args.before} and after", COLUMNS, NOTES, versions("torch", "transformers"),
         resume=args.resume,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(["git", "archive", args.before, "tocom_hf"], cwd=ROOT, check=True, capture_output=True)
-        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
-        packages = {BEFORE: Path(folder), AFTER: ROOT}
+    with packages_of(args.before) as packages:
         for size in args.models:
             for image_size in args.image_sizes:
                 for batch_size in args.batch_sizes:
