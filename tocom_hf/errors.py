@@ -94,7 +94,7 @@ class DistillationError(TocomError, RuntimeError):
 
 
 class WorkersError(TocomError, RuntimeError):
-    """A process of a service with several workers ended before it served."""
+    """A process of a service with several workers ended before it had done its part."""
 
 
 class DistillationInterrupted(TocomError):  # noqa: N818, as KeyboardInterrupt

@@ -380,14 +380,19 @@ def test_the_command_says_where_it_serves_and_ends_when_it_is_told_to(monkeypatc
     assert ended.output.endswith("Serving on http://127.0.0.1:1\n")
 
 
-def test_workers_do_not_share_a_port_with_somebody_else(monkeypatch, refused):
-    """With the address of a service that shares its port, too: whoever wants that says `--reuse_port`."""
+@pytest.mark.parametrize("more", [[], ["--workers", "2"]])
+@pytest.mark.parametrize("reuse_port", [False, True])
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_port_is_not_shared_with_somebody_else(more, reuse_port, listens, monkeypatch, refused):
+    """Nor is that of a service which shares its own, nor of one that is loading its model: whoever wants that says
+    `--reuse_port`."""
     pytest.importorskip("uvicorn")
     from tocom_hf.serving.server import bind
 
     monkeypatch.setattr("tocom_hf.cli.serve.load_classifier", lambda args: pytest.fail("went on"))
-    with bind("127.0.0.1", 0, reuse_port=True) as other:
-        other.listen()
+    with bind("127.0.0.1", 0, reuse_port) as other:
+        if listens:
+            other.listen()
         port = other.getsockname()[1]
-        message = refused("serve", "--model_name_or_path", CHECKPOINT, "--workers", "2", "--port", port)
+        message = refused("serve", "--model_name_or_path", CHECKPOINT, *more, "--port", port)
     assert f"The service cannot listen on 127.0.0.1, port {port}: " in message

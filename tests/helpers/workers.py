@@ -4,7 +4,10 @@
 import os
 import signal
 import threading
+import time
 from pathlib import Path
+
+from tocom_hf import ArgumentError
 
 
 def serve(folder, started):
@@ -44,3 +47,19 @@ def serve_first_two(folder, started):
         return
     Path(folder, f"failed-{os.getpid()}").touch()
     os._exit(4)
+
+
+def double(number):
+    if number is None:
+        raise ArgumentError("This is no number.")
+    return 2 * number
+
+
+def leave(code):
+    os._exit(code)
+
+
+def sleep(folder):
+    """As a call that takes long."""
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(600)

@@ -95,7 +95,7 @@ def test_another_is_started_where_one_is_killed(tmp_path):
 
 
 def test_one_that_ends_before_it_serves_ends_all(tmp_path):
-    with pytest.raises(WorkersError, match=r"Worker \d+ ended with the code 3 before it served"):
+    with pytest.raises(WorkersError, match=r"Worker \d+ ended with the code 3 before all of them served"):
         Run(targets.fail_second, tmp_path)
     assert not any(map(runs, pids(tmp_path)))
 
@@ -114,26 +114,112 @@ def test_where_others_serve_it_is_tried_again_after_a_pause(tmp_path, monkeypatc
     assert time.monotonic() - start > 2 * 0.3
 
 
+def test_where_one_cannot_be_started_the_others_serve_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_PAUSE_SECONDS", 0.2)
+    start, failures = Workers._start, []
+
+    def fail_twice(self):
+        if len(pids(tmp_path)) == 2 and len(failures) < 2:
+            failures.append(time.monotonic())
+            raise OSError("no more processes")
+        return start(self)
+
+    monkeypatch.setattr(Workers, "_start", fail_twice)
+
+    def meanwhile(run):
+        os.kill(min(pids(tmp_path)), signal.SIGKILL)
+        wait_until(lambda: len(pids(tmp_path)) == 3)
+        assert runs(sorted(pids(tmp_path))[1])
+
+    assert Run(targets.serve, tmp_path, meanwhile).code == 0
+    assert len(failures) == 2
+
+
+def test_where_the_second_cannot_be_started_the_first_is_stopped(tmp_path, monkeypatch):
+    start = Workers._start
+
+    def fail(self):
+        if self._workers:
+            wait_until(lambda: len(pids(tmp_path)) == 1)
+            raise OSError("no more processes")
+        return start(self)
+
+    monkeypatch.setattr(Workers, "_start", fail)
+    with pytest.raises(OSError, match="no more processes"):
+        Run(targets.serve, tmp_path)
+    assert not any(map(runs, pids(tmp_path)))
+
+
+def test_ctrl_c_is_for_the_parent(tmp_path):
+    """It reaches all processes of a terminal."""
+
+    def meanwhile(run):
+        for pid in pids(tmp_path):
+            os.kill(pid, signal.SIGINT)
+        time.sleep(0.2)
+        assert all(map(runs, pids(tmp_path)))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    run = Run(targets.serve, tmp_path, meanwhile)
+    assert (run.code, run.ended) == (0, [])
+
+
 def test_one_that_does_not_stop_is_killed(tmp_path):
     run = Run(targets.serve_for_ever, tmp_path, stop_seconds=0.3)
     assert run.code == 1
 
 
-def test_they_end_where_their_parent_is_killed(tmp_path):
+@pytest.mark.parametrize(
+    ("what", "count"),
+    [
+        ("Workers(workers.serve, (FOLDER,), 2, 30).run(lambda: None, print)", 2),
+        ("call_apart(workers.sleep, FOLDER)", 1),
+    ],
+)
+def test_they_end_where_their_parent_is_killed(tmp_path, what, count):
+    """And leave no figures behind."""
     program = (
         "from helpers import workers\n"
-        "from tocom_hf.serving.workers import Workers\n"
+        "from tocom_hf.serving.workers import Workers, call_apart, shared_metrics\n"
         "if __name__ == '__main__':\n"
-        f"    Workers(workers.serve, ({str(tmp_path)!r},), 2, 30).run(lambda: None, print)\n"
+        f"    FOLDER = {str(tmp_path)!r}\n"
+        "    with shared_metrics():\n"
+        f"        {what}\n"
     )
     script = tmp_path / "parent.py"
     script.write_text(program)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     parent = subprocess.Popen([sys.executable, str(script)], env=environment)
-    wait_until(lambda: len(pids(tmp_path)) == 2)
+    wait_until(lambda: len(pids(tmp_path)) == count)
+    variables = Path(f"/proc/{min(pids(tmp_path))}/environ").read_bytes().split(b"\0")
+    (folder,) = [value.partition(b"=")[2] for value in variables if value.startswith(workers.METRICS_FOLDER.encode())]
+    assert Path(os.fsdecode(folder)).is_dir()
     parent.kill()
     parent.wait()
     wait_until(lambda: not any(map(runs, pids(tmp_path))))
+    assert not Path(os.fsdecode(folder)).exists()
+
+
+def test_a_call_apart_returns_raises_and_notices_its_end():
+    assert workers.call_apart(targets.double, 21) == 42
+    with pytest.raises(ArgumentError, match="no number"):
+        workers.call_apart(targets.double, None)
+    with pytest.raises(WorkersError, match="The process for leave ended with the code 5"):
+        workers.call_apart(targets.leave, 5)
+
+
+def test_figures_in_files_end_with_the_block(monkeypatch):
+    pytest.importorskip("prometheus_client")
+    monkeypatch.setenv(workers.METRICS_FOLDER, "mine")
+    with workers.shared_metrics() as forget:
+        folder = Path(os.environ[workers.METRICS_FOLDER])
+        alive, dead = folder / "gauge_livesum_1.db", folder / "gauge_livesum_2.db"
+        alive.touch()
+        dead.touch()
+        forget(2)
+        assert (alive.exists(), dead.exists()) == (True, False)
+    assert not folder.exists()
+    assert os.environ[workers.METRICS_FOLDER] == "mine"
 
 
 def test_other_systems_than_linux_are_refused(monkeypatch):

@@ -117,12 +117,20 @@ def load_and_measure(args: argparse.Namespace) -> dict[int, float]:
         return measure(args, model, degrees, load_processor(args.model_name_or_path))
 
 
-def make_app(args: argparse.Namespace, limits: Any, model: Any, processor: Any, batch_seconds: dict[int, float]) -> Any:
+def make_app(
+    args: argparse.Namespace,
+    limits: Any,
+    model: Any,
+    processor: Any,
+    batch_seconds: dict[int, float],
+    shared_metrics: bool = False,
+) -> Any:
+    from tocom_hf.serving.batching import Metrics
     from tocom_hf.serving.policy import DegreePolicy
     from tocom_hf.serving.service import create_app
 
     policy = DegreePolicy(batch_seconds, args.max_batch_size, args.latency_ms / 1e3)
-    return create_app(model, processor, policy, args.max_queue, limits=limits)
+    return create_app(model, processor, policy, args.max_queue, limits=limits, metrics=Metrics(shared_metrics))
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -147,19 +155,15 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def serve_with_workers(args: argparse.Namespace, limits: Any) -> None:
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
     from tocom_hf.serving.server import address_of, bind
-    from tocom_hf.serving.workers import Workers, require_shared_ports, shared_metrics
+    from tocom_hf.serving.workers import Workers, call_apart, require_shared_ports, shared_metrics
 
     require_shared_ports()
     if not args.reuse_port:  # nobody else may serve there
         bind(args.host, args.port).close()
     with bind(args.host, args.port, reuse_port=True) as place:  # held, so that the port stays ours while workers change
-        # in a process of its own, whose memory is free again when the workers load theirs
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            batch_seconds = pool.submit(load_and_measure, args).result()
+        # here it would hold memory that the workers need
+        batch_seconds = call_apart(load_and_measure, args)
         workers = Workers(
             work, (args, limits, batch_seconds, place.getsockname()[1]), args.workers, args.answer_seconds + 5
         )
@@ -170,7 +174,7 @@ def serve_with_workers(args: argparse.Namespace, limits: Any) -> None:
 
             def ended(pid: int, code: int) -> None:
                 forget(pid)
-                print(f"Worker {pid} has ended with the code {code}.", file=sys.stderr, flush=True)
+                say(f"Worker {pid} has ended with the code {code}.")
 
             code = workers.run(started, ended)
     if code:
@@ -185,7 +189,8 @@ def work(
 
     with progress_bars_on_terminals_only():
         model, _ = load_classifier(args)
-        app = make_app(args, limits, model, load_processor(args.model_name_or_path), batch_seconds)
+        processor = load_processor(args.model_name_or_path)
+        app = make_app(args, limits, model, processor, batch_seconds, shared_metrics=True)
     serve_until_stopped(app, bind(args.host, port, reuse_port=True), started)
 
 

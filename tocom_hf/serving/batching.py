@@ -4,7 +4,6 @@
 import asyncio
 import contextlib
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from tocom_hf.deployed.scores import best_classes, kind_of_scores
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.serving.policy import DegreePolicy
 from tocom_hf.serving.preparing import Preparation
-from tocom_hf.serving.workers import METRICS_FOLDER
 
 
 LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
@@ -36,10 +34,12 @@ _WAVE_SHARE, _WAVE_SECONDS = 0.5, 0.02
 class Metrics:
     """What `/metrics` shows, in a registry of its own.
 
-    Where several processes serve one address, `show` has the figures of all of them: see `shared_metrics`.
+    Args:
+        shared: Show the figures of all processes that were started within `shared_metrics`, of which this is one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shared: bool = False) -> None:
+        self.shared = shared
         self.registry = CollectorRegistry()
         where: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("tocom_requests", "Answered requests by status code", ["status"], **where)
@@ -55,11 +55,11 @@ class Metrics:
 
     def show(self) -> bytes:
         """All figures in the text format of Prometheus."""
-        if METRICS_FOLDER not in os.environ:
+        if not self.shared:
             return generate_latest(self.registry)
-        shared = CollectorRegistry()
-        MultiProcessCollector(shared)
-        return generate_latest(shared)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)
+        return generate_latest(registry)
 
 
 @dataclass

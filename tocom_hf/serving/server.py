@@ -22,7 +22,7 @@ _OTHER_FILES = 64
 
 
 def bind(host: str, port: int, reuse_port: bool = False) -> socket.socket:
-    """A socket with an address, on which nobody is served yet.
+    """A socket with an address, on which nobody is served yet, and which nobody else can have.
 
     Args:
         host: Name or address; one with a colon is of IPv6.
@@ -41,6 +41,8 @@ def bind(host: str, port: int, reuse_port: bool = False) -> socket.socket:
                 raise OSError(f"{sys.platform} lets no two processes serve one port")
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((host, port))
+        # it let the address be had where connections of an earlier service linger; now it would let others have it
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
         listener.close()
         reason = error.strerror or str(error)
@@ -96,6 +98,7 @@ def make_server(app: Starlette, listener: socket.socket, started: Callable[[str]
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             await super().startup(sockets)
             started(address)
 

@@ -49,6 +49,7 @@ def create_app(
     max_queue: int | None = None,
     top_k: int = 5,
     limits: Limits | None = None,
+    metrics: Metrics | None = None,
 ) -> Starlette:
     """The service. Its `state.batcher` and `state.metrics` are there to be looked at; `state.stop()` lets it refuse new
     requests, and those whose bodies have not arrived.
@@ -60,7 +61,7 @@ def create_app(
     limits = limits or Limits()
     num_channels = find_num_channels(processor, model_channels(config))
     preparation = Preparation(processor, num_channels)
-    metrics = Metrics()
+    metrics = metrics or Metrics()
     batcher = Batcher(model, policy, max_queue, metrics, preparation, min(top_k, config.num_labels))
     front = _Front(batcher, limits)
     labels = [config.id2label[index] for index in range(config.num_labels)]

@@ -41,21 +41,53 @@ def require_shared_ports() -> None:
 
 @contextlib.contextmanager
 def shared_metrics() -> Iterator[Callable[[int], None]]:
-    """Let processes that are started within the `with` block show the sum of their figures.
+    """Let processes that are started within the `with` block show the sum of their figures: see `Metrics`.
 
     They keep them in files, in memory where the system has files there, because that is how `prometheus_client` does it
     where a variable of the environment says so. Yields what is to be told the id of each process that has ended.
     """
     from prometheus_client import multiprocess
 
+    before = os.environ.get(METRICS_FOLDER)
     memory = Path("/dev/shm")
     folder = tempfile.mkdtemp(prefix="tocom-metrics-", dir=memory if os.access(memory, os.W_OK) else None)
     os.environ[METRICS_FOLDER] = folder
     try:
         yield lambda pid: multiprocess.mark_process_dead(pid, folder)
     finally:
-        del os.environ[METRICS_FOLDER]
+        if before is None:
+            del os.environ[METRICS_FOLDER]
+        else:
+            os.environ[METRICS_FOLDER] = before
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns, or raises, in a process of its own. Its memory is free again afterwards.
+
+    Args:
+        function: Of a module, so that the process can import it.
+        arguments: Pickled for the process, as the answer is for this one.
+
+    Raises:
+        WorkersError: if the process ends without an answer.
+    """
+    context = multiprocessing.get_context("spawn")
+    answer, tell = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(function, arguments, tell))
+    process.start()
+    tell.close()
+    try:
+        result, error = answer.recv()
+    except EOFError:
+        process.join()
+        raise WorkersError(f"The process for {function.__name__} ended with the code {process.exitcode}.") from None
+    finally:
+        process.terminate()
+        process.join()
+    if error is not None:
+        raise error
+    return result
 
 
 class Workers:
@@ -74,7 +106,6 @@ class Workers:
         self.count, self.stop_seconds = count, stop_seconds
         self._workers: list[_Worker] = []
         self._due: list[float] = []
-        self._told = False
 
     def run(self, started: Callable[[], None], ended: Callable[[int, int], None]) -> int:
         """Keep so many processes running until SIGTERM or SIGINT, and then stop them. For the main thread.
@@ -87,55 +118,54 @@ class Workers:
             0 where all have ended in time and with the code 0 when they were told to, else 1.
 
         Raises:
-            WorkersError: if one ends before all have served for the first time.
+            WorkersError: if one ends before all of them serve for the first time.
+        OSError: if one cannot be started by then.
         """
-        awake, alarm = multiprocessing.Pipe(duplex=False)
 
-        def stop(*_: object) -> None:
-            self._told = True
-            alarm.send(None)
-
-        handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            self._workers = [self._start() for _ in range(self.count)]
-            self._wait_for_all(awake, ended)
-            if not self._told:
-                started()
-            while not self._told:
-                self._watch(awake, ended)
-        finally:
-            clean = self._stop()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        with _told_by_signals() as told:
+            try:
+                while len(self._workers) < self.count:
+                    self._workers.append(self._start())
+                self._wait_for_all(told, ended)
+                if not told:
+                    started()
+                while not told:
+                    self._watch(told, ended)
+            finally:
+                clean = self._stop()
         return 0 if clean else 1
 
-    def _wait_for_all(self, awake: Connection, ended: Callable[[int, int], None]) -> None:
-        while not self._told and not all(worker.serves for worker in self._workers):
-            for worker in self._news(awake, None):
+    def _wait_for_all(self, told: "_Told", ended: Callable[[int, int], None]) -> None:
+        while not told and not all(worker.serves for worker in self._workers):
+            for worker in self._news(told, None):
                 ended(worker.pid, worker.code)
-                raise WorkersError(f"Worker {worker.pid} ended with the code {worker.code} before it served.")
+                raise WorkersError(f"Worker {worker.pid} ended with the code {worker.code} before all of them served.")
 
-    def _watch(self, awake: Connection, ended: Callable[[int, int], None]) -> None:
+    def _watch(self, told: "_Told", ended: Callable[[int, int], None]) -> None:
         """Wait for one to end, or for the time when another may be started."""
         pause = max(0.0, min(self._due) - time.monotonic()) if self._due else None
-        for worker in self._news(awake, pause):
+        for worker in self._news(told, pause):
             ended(worker.pid, worker.code)
             self._workers.remove(worker)
             self._due.append(time.monotonic() + (0 if worker.serves else _PAUSE_SECONDS))
-        if self._told:
+        if told:
             return
         now = time.monotonic()
         for due in [due for due in self._due if due <= now]:
             self._due.remove(due)
-            self._workers.append(self._start())
+            try:
+                self._workers.append(self._start())
+            except OSError:  # no memory, or too many processes or files: the others serve on
+                self._due.append(now + _PAUSE_SECONDS)
 
-    def _news(self, awake: Connection, timeout: float | None) -> list["_Worker"]:
+    def _news(self, told: "_Told", timeout: float | None) -> list["_Worker"]:
         """Wait for something to happen. Returns those that have ended."""
         waiting = [worker for worker in self._workers if not worker.serves]
         ready = wait(
-            [awake, *(worker.process.sentinel for worker in self._workers), *(worker.news for worker in waiting)],
+            [told.alarm, *(worker.process.sentinel for worker in self._workers), *(worker.news for worker in waiting)],
             timeout,
         )
+        told.drain()
         for worker in waiting:
             if worker.news in ready:
                 worker.hear()
@@ -157,6 +187,49 @@ class Workers:
             # one that had not come to serve knows no clean end
             clean = clean and (worker.process.exitcode == 0 or not worker.serves)
         return clean
+
+
+class _Told:
+    """Whether a signal has told this process to stop, and a file that can be read from when any signal has come.
+
+    A handler alone would run too late: Python runs it when what waits has returned, and a signal that comes just before
+    that begins to wait does not end it.
+    """
+
+    def __init__(self) -> None:
+        self.alarm, self.ring = os.pipe()
+        os.set_blocking(self.alarm, False)
+        os.set_blocking(self.ring, False)
+        self._by: int | None = None
+
+    def __bool__(self) -> bool:
+        return self._by is not None
+
+    def handle(self, number: int, frame: object) -> None:
+        self._by = number
+
+    def drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.alarm, 4096)
+
+    def close(self) -> None:
+        os.close(self.alarm)
+        os.close(self.ring)
+
+
+@contextlib.contextmanager
+def _told_by_signals() -> Iterator[_Told]:
+    """Let SIGTERM and SIGINT tell it within the `with` block."""
+    told = _Told()
+    before = signal.set_wakeup_fd(told.ring, warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, told.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield told
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        told.close()
 
 
 class _Worker:
@@ -189,20 +262,40 @@ class _Worker:
 
 def _work(target: Callable[..., None], arguments: tuple, tell: Connection) -> None:
     """What a process runs."""
-    # Ctrl+C reaches all processes of a terminal. The parent answers it, by SIGTERM.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    _follow_the_parent()
 
     def started(*_: Any) -> None:
         tell.send(None)
         tell.close()
 
     target(*arguments, started)
+    # it has ended as it should, whoever tells it once more
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _answer(function: Callable[..., Any], arguments: tuple, tell: Connection) -> None:
+    """What the process of `call_apart` runs."""
+    _follow_the_parent()
+    answer: tuple[Any, Exception | None]
+    try:
+        answer = (function(*arguments), None)
+    except Exception as error:
+        answer = (None, error)
+    tell.send(answer)
+
+
+def _follow_the_parent() -> None:
+    """Leave Ctrl+C, which reaches all processes of a terminal, to the parent, and end when that is gone."""
+    # blocked, because a server sets a handler of its own
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 
 def _end_with_the_parent() -> None:
-    """Where the parent was killed, nobody else would stop this process, or start it anew."""
+    """Where the parent was killed, nobody else would stop this process, start it anew, or tidy up."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
+    if METRICS_FOLDER in os.environ:
+        shutil.rmtree(os.environ[METRICS_FOLDER], ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)
