@@ -527,6 +527,31 @@ def heads_at_224() -> str:
     return (RESULTS / "study_c" / "heads.md").read_text(encoding="utf-8").strip()
 
 
+def fine_tuned_at_224() -> str:
+    """What `finetuned.py` wrote of study C, without the column of cosines, which logits have none of."""
+    lines = (RESULTS / "study_c" / "finetuned.md").read_text(encoding="utf-8").splitlines()
+    return "\n".join(" | ".join(line.split(" | ")[:-1]) + " |" for line in lines)
+
+
+def means_at_224() -> str:
+    """The rows of study C on the mean over its tasks."""
+    rows = []
+    for models, name in (("heads", "heads"), ("fine-tuned checkpoints", "finetuned")):
+        groups: dict[tuple[str, str], list[dict]] = {}
+        for row in json.loads((RESULTS / "study_c" / f"{name}.json").read_text(encoding="utf-8")):
+            if row.get("gain_se"):
+                groups.setdefault((row["change"], row["what"]), []).append(row)
+        for (change, what), group in groups.items():
+            gain, lost = (sum(row[value] for row in group) / len(group) for value in ("gain", "lost"))
+            error = math.sqrt(sum(row["gain_se"] ** 2 for row in group)) / len(group)
+            rows.append(
+                [models, change, what, f"{100 * lost:.1f}", f"{100 * gain:+.1f} ± {100 * error:.1f}",
+                 f"{100 * gain / lost:.0f} ± {100 * error / lost:.0f} %"]
+            )  # fmt: skip
+    header = ["models", "change of r", "what", "lost by ToMe, points", "over ToMe, points", "of the loss won back"]
+    return table(header, rows)
+
+
 # -- cost ---------------------------------------------------------------------------------------------------------
 
 
@@ -713,6 +738,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "study-b-short": lambda: shares(_short_b(), measure="won back"),
     "study-b": lambda: shares(ALL_B, measure="won back"),
     "study-c": heads_at_224,
+    "study-c-fine-tuned": fine_tuned_at_224,
+    "study-c-means": means_at_224,
     "speed": speed,
     "memory": memory,
     "service": service,

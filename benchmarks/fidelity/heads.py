@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,8 +57,17 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+Read = Callable[[Any], torch.Tensor]
+
+
+def read_features(outputs: Any) -> torch.Tensor:
+    """Class feature and mean patch feature, from the outputs of a backbone: float32 `(batch, 2 * hidden size)`."""
+    states = outputs.last_hidden_state  # (batch, tokens, hidden size)
+    return torch.cat([states[:, 0], states[:, 1:].mean(dim=1)], dim=-1)
+
+
 class Task:
-    """The images of a task, the features of any model for them, and labels."""
+    """The images of a task, what any model says of them, and labels."""
 
     def __init__(self, folder: Path, model: str, work_dir: Path, test_images: int):
         self.name = folder.name
@@ -74,8 +84,17 @@ class Task:
             self.labels[split] = torch.tensor(dataset["label"])
             self.images[split] = with_pixel_values(dataset, processor)
 
-    def features(self, name: str, split: str, prepare: Callable[[], PreTrainedModel]) -> torch.Tensor:
-        """Class feature and mean patch feature of all images of a split: float32 `(images, 2 * hidden size)`."""
+    def outputs(
+        self, name: str, split: str, prepare: Callable[[], PreTrainedModel], read: Read = read_features
+    ) -> torch.Tensor:
+        """What `read` takes from the outputs of a model for all images of a split: float32 `(images, ...)`.
+
+        Args:
+            name: Of the model; it is not run where a file of that name has its outputs.
+            split: `train` or `test`.
+            prepare: Makes the model.
+            read: By default features.
+        """
         path = self.work_dir / f"{split}-{len(self.images[split])}-{name}.npy"
         if not path.exists():
             model = prepare()
@@ -85,8 +104,7 @@ class Task:
                 samples = [images[index] for index in range(start, min(start + BATCH_SIZE, len(images)))]
                 pixel_values = torch.stack([sample["pixel_values"] for sample in samples])
                 with torch.inference_mode():
-                    states = model(pixel_values=pixel_values).last_hidden_state  # (batch, tokens, hidden size)
-                rows.append(torch.cat([states[:, 0], states[:, 1:].mean(dim=1)], dim=-1))
+                    rows.append(read(model(pixel_values=pixel_values)))
             part = path.with_suffix(".part")
             with part.open("wb") as file:
                 np.save(file, torch.cat(rows).numpy())
@@ -129,35 +147,35 @@ class Variants:
 
 def measure(task: Task, variants: Variants, args: argparse.Namespace) -> list[dict]:
     """The rows of one task."""
-    dense = {split: task.features("r0", split, variants.merging(TOME, 0)) for split in ("train", "test")}
+    dense = {split: task.outputs("r0", split, variants.merging(TOME, 0)) for split in ("train", "test")}
     head = fit(dense["train"], task.labels["train"], task.classes)
     right = {0: _right(head, dense["test"], task)}
-    rows = [_row(task, "at 0", "r = 0", right[0])]
+    rows = [make_row(task, "at 0", "r = 0", right[0])]
     scales = [None, *args.scales]
     for degree in args.degrees:
         change = f"0 to {degree}"
         found: dict[str, torch.Tensor] = {}
         for name in variants.recipes:
             key = f"{name}-r{degree}"
-            found[name if name == TOME else "recipe alone"] = task.features(key, "test", variants.merging(name, degree))
+            found[name if name == TOME else "recipe alone"] = task.outputs(key, "test", variants.merging(name, degree))
         for name in variants.sets:
             for scale in scales:
                 what = name if scale is None else f"{name}, s = {scale:g}"
                 key = f"{name}-0-to-{degree}" + ("" if scale is None else f"-s{scale:g}")
-                found[what] = task.features(key, "test", variants.compensated(name, 0, degree, scale))
+                found[what] = task.outputs(key, "test", variants.compensated(name, 0, degree, scale))
         plain = _right(head, found[TOME], task)
         for what, features in found.items():
-            rows.append(_row(task, change, what, _right(head, features, task), plain, right[0]))
+            rows.append(make_row(task, change, what, _right(head, features, task), plain, right[0]))
             rows[-1]["cosine"] = _cosine(features, dense["test"])
         if degree in args.trained_at:
             for name in variants.recipes:
                 key = f"{name}-r{degree}"
                 trained = fit(
-                    task.features(key, "train", variants.merging(name, degree)), task.labels["train"], task.classes
+                    task.outputs(key, "train", variants.merging(name, degree)), task.labels["train"], task.classes
                 )
                 what = f"{name if name == TOME else 'recipe alone'}, head fitted at {degree}"
-                test = task.features(key, "test", variants.merging(name, degree))
-                rows.append(_row(task, change, what, _right(trained, test, task), plain, right[0]))
+                test = task.outputs(key, "test", variants.merging(name, degree))
+                rows.append(make_row(task, change, what, _right(trained, test, task), plain, right[0]))
                 if degree in args.reverse:
                     rows += _reversed(task, variants, trained, name, degree, dense["test"])
     return rows
@@ -166,20 +184,20 @@ def measure(task: Task, variants: Variants, args: argparse.Namespace) -> list[di
 def _reversed(task: Task, variants: Variants, head: torch.nn.Linear, name: str, degree: int, dense: torch.Tensor):
     """Rows of a head that was fitted while merging by a recipe, run without merging."""
     change = f"{degree} to 0"
-    own = _right(head, task.features(f"{name}-r{degree}", "test", variants.merging(name, degree)), task)
+    own = _right(head, task.outputs(f"{name}-r{degree}", "test", variants.merging(name, degree)), task)
     plain = _right(head, dense, task)
     fitted = "" if name == TOME else ", head fitted with the recipe"
     rows = [
-        _row(task, change, f"at {degree}{fitted}", own),
-        _row(task, change, f"no merging{fitted}", plain, plain, own),
+        make_row(task, change, f"at {degree}{fitted}", own),
+        make_row(task, change, f"no merging{fitted}", plain, plain, own),
     ]
     for set_name, plugins in variants.sets.items():
         config = plugins.config
         if config.recipe != (variants.recipes[name] or MergeRecipe()) or config.source_r not in (None, degree):
             continue
         key = f"{set_name}-{degree}-to-0"
-        features = task.features(key, "test", variants.compensated(set_name, degree, 0, None))
-        rows.append(_row(task, change, set_name, _right(head, features, task), plain, own))
+        features = task.outputs(key, "test", variants.compensated(set_name, degree, 0, None))
+        rows.append(make_row(task, change, set_name, _right(head, features, task), plain, own))
     return rows
 
 
@@ -195,7 +213,7 @@ def _cosine(features: torch.Tensor, dense: torch.Tensor) -> float:
     return float(np.mean([torch.cosine_similarity(a, b).mean().item() for a, b in halves]))
 
 
-def _row(
+def make_row(
     task: Task,
     change: str,
     what: str,

@@ -1,15 +1,14 @@
 # Copyright 2026 The tocom-hf authors. Licensed under the Apache License, Version 2.0.
 """A scale for every layer and plugin instead of one for all, fitted to a checkpoint on a few images without labels."""
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from tocom_hf.devices import describe_device, evaluation_mode
@@ -163,11 +162,8 @@ def _targets(plugins: PluginSet, source_r: int, target_r: int | Sequence[int] | 
     return targets
 
 
-class _Student:
-    """A model with its plugins beside the weights, and a factor for every layer and plugin.
-
-    Composed weights would need the gradient of each whole weight, a product as large as the layer's own, to get that of
-    a few factors from it.
+class _Student(nn.Module):
+    """A model whose weights are composed with a factor for every layer and plugin.
 
     Args:
         model: It runs at its source degree.
@@ -187,30 +183,30 @@ class _Student:
         min_r: int,
         scale: float,
     ):
+        super().__init__()
         self.model = model
         self.backbone = backbone
         self.objective = objective
         self.min_r = min_r
         self.scale = scale
+        prefix = f"model.{backbone.path}." if backbone.path else "model."
         self.rank = next(iter(adapters[0].values())).lora_A.shape[0]
-        self.stacked: list[tuple[nn.Module, Factors]] = []
+        self.stacked: dict[str, tuple[torch.Tensor, Factors]] = {}
         for path in adapters[0]:
-            layer = backbone.module.get_submodule(path)
-            weight = cast(torch.Tensor, layer.weight)
-            lora_A = torch.cat([adapter[path].lora_A for adapter in adapters], dim=0).to(weight)
-            lora_B = torch.cat([adapter[path].lora_B for adapter in adapters], dim=1).to(weight)
-            self.stacked.append((layer, Factors(lora_A, lora_B)))
+            weight = cast(nn.Linear, backbone.module.get_submodule(path)).weight.detach()
+            lora_A = torch.cat([adapter[path].lora_A for adapter in adapters], dim=0).to(weight.device)
+            lora_B = torch.cat([adapter[path].lora_B for adapter in adapters], dim=1).to(weight.device)
+            self.stacked[f"{prefix}{path}.weight"] = (weight, Factors(lora_A, lora_B))
         # a row for each layer, a column for each plugin
         self.factors = torch.ones(len(self.stacked), len(adapters), device=weight.device, requires_grad=True)
 
-    def outputs(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What is compared, as the model is."""
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.objective.outputs(self.backbone, pixel_values)
 
     def loss(self, pixel_values: torch.Tensor, teacher: torch.Tensor, target_r: int) -> torch.Tensor:
         """How far the student at `target_r` is from the model at its source degree (ToCom, eq. 6)."""
-        with merging_at(self.backbone, target_r), self._plugged_in(target_r):
-            student = self.outputs(pixel_values)
+        with merging_at(self.backbone, target_r):
+            student = functional_call(self, self._composed(target_r), (pixel_values,))
         return self.objective.loss(teacher, student)
 
     def adapters(self, originals: list[Adapter]) -> list[Adapter]:
@@ -224,27 +220,16 @@ class _Student:
             adapters.append(adapter)
         return adapters
 
-    @contextlib.contextmanager
-    def _plugged_in(self, target_r: int) -> Iterator[None]:
-        """Add the chain to a degree to what its layers put out, within the `with` block."""
+    def _composed(self, target_r: int) -> dict[str, torch.Tensor]:
         indices, sign = chain(self.model.source_r, target_r)
         plugins = slice(indices.start - self.min_r, indices.stop - self.min_r)
         columns = slice(plugins.start * self.rank, plugins.stop * self.rank)
-        weights = (sign * self.scale * self.factors[:, plugins]).repeat_interleave(self.rank, dim=1)
-        with contextlib.ExitStack() as stack:
-            for (layer, (lora_A, lora_B)), factors in zip(self.stacked, weights, strict=True):
-                handle = layer.register_forward_hook(_add(lora_A[columns], lora_B[:, columns] * factors.to(lora_B)))
-                stack.callback(handle.remove)
-            yield
-
-
-def _add(lora_A: torch.Tensor, lora_B: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """A forward hook of a linear layer that adds `lora_B @ lora_A` to its weight, as LoRA does while it is trained."""
-
-    def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + F.linear(F.linear(inputs[0], lora_A), lora_B)
-
-    return hook
+        weights = {}
+        for row, (name, (weight, (lora_A, lora_B))) in enumerate(self.stacked.items()):
+            factors = self.factors[row, plugins].repeat_interleave(self.rank)
+            change = (lora_B[:, columns] * factors) @ lora_A[columns]
+            weights[name] = torch.add(weight, change, alpha=sign * self.scale).to(weight.dtype)
+        return weights
 
 
 class _Numbered(Dataset):
@@ -285,5 +270,5 @@ class _Teacher:
         # one row for each: a batch that ends one pass and begins the next may hold an image twice
         new = {number: row for row, number in enumerate(numbers) if number not in self.known}
         if new:
-            self.known.update(zip(new, self.student.outputs(pixel_values[[*new.values()]]), strict=True))
+            self.known.update(zip(new, self.student(pixel_values[[*new.values()]]), strict=True))
         return torch.stack([self.known[number] for number in numbers])
