@@ -13,14 +13,14 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from http_load import ROOT, package_of
 
-ROOT = Path(__file__).parents[1]
+
 BEFORE, AFTER = "before", "after"
 VARIANTS = "dense", "merged"
 COLUMNS = {
@@ -135,10 +135,8 @@ class Worker:
 @contextmanager
 def packages_of(before: str) -> Iterator[dict[str, Path]]:
     """The folders of the package in a commit and in the working tree, within the `with` block."""
-    with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(["git", "archive", before, "tocom_hf"], cwd=ROOT, check=True, capture_output=True)
-        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
-        yield {BEFORE: Path(folder), AFTER: ROOT}
+    with package_of(before) as package:
+        yield {BEFORE: package, AFTER: ROOT}
 
 
 def measure(packages: dict[str, Path], cell: tuple, rounds: int) -> dict:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import workers as targets
@@ -198,6 +199,18 @@ def test_they_end_where_their_parent_is_killed(tmp_path, what, count):
     parent.wait()
     wait_until(lambda: not any(map(runs, pids(tmp_path))))
     assert not Path(os.fsdecode(folder)).exists()
+
+
+def test_a_folder_that_the_user_named_is_left(tmp_path, monkeypatch):
+    monkeypatch.setenv(workers.METRICS_FOLDER, str(tmp_path / "mine"))
+    (tmp_path / "mine").mkdir()
+    told = []
+    monkeypatch.setattr(workers, "wait", lambda objects: None)
+    monkeypatch.setattr(workers.multiprocessing, "parent_process", lambda: SimpleNamespace(sentinel=0))
+    monkeypatch.setattr(workers.os, "kill", lambda pid, number: told.append(number))
+    workers._end_with_the_parent()
+    assert told == [signal.SIGTERM]
+    assert (tmp_path / "mine").is_dir()
 
 
 def test_a_call_apart_returns_raises_and_notices_its_end():

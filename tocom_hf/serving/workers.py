@@ -25,6 +25,8 @@ from tocom_hf.errors import ArgumentError, WorkersError
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Of the environment: where `prometheus_client` keeps the figures of several processes."""
 
+_METRICS_PREFIX = "tocom-metrics-"
+
 # between two starts in the place of a process that never came to serve
 _PAUSE_SECONDS = 10.0
 
@@ -50,7 +52,7 @@ def shared_metrics() -> Iterator[Callable[[int], None]]:
 
     before = os.environ.get(METRICS_FOLDER)
     memory = Path("/dev/shm")
-    folder = tempfile.mkdtemp(prefix="tocom-metrics-", dir=memory if os.access(memory, os.W_OK) else None)
+    folder = tempfile.mkdtemp(prefix=_METRICS_PREFIX, dir=memory if os.access(memory, os.W_OK) else None)
     os.environ[METRICS_FOLDER] = folder
     try:
         yield lambda pid: multiprocess.mark_process_dead(pid, folder)
@@ -119,9 +121,8 @@ class Workers:
 
         Raises:
             WorkersError: if one ends before all of them serve for the first time.
-        OSError: if one cannot be started by then.
+            OSError: if one cannot be started by then.
         """
-
         with _told_by_signals() as told:
             try:
                 while len(self._workers) < self.count:
@@ -296,6 +297,7 @@ def _end_with_the_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
-    if METRICS_FOLDER in os.environ:
-        shutil.rmtree(os.environ[METRICS_FOLDER], ignore_errors=True)
+    folder = os.environ.get(METRICS_FOLDER, "")
+    if Path(folder).name.startswith(_METRICS_PREFIX):  # and not one that the user named
+        shutil.rmtree(folder, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)
