@@ -7,11 +7,11 @@ import math
 import torch
 
 
-def match(metric, r, protected, sizes=None, penalty=0.0):
+def match(metric, r, protected, sizes=None, penalty=0.0, burdens=None):
     """ToMe, section 3: `[(a, b), ...]` for one image, the r most similar A tokens with their best B token.
 
     `metric` is a list of float lists; positions are those of the sequence. The logarithm of the size that two tokens
-    have together takes `penalty` times off their similarity.
+    have together takes `penalty` times off their similarity, and so do the `burdens` of both, a list of floats.
     """
 
     def cosine(x, y):
@@ -19,7 +19,10 @@ def match(metric, r, protected, sizes=None, penalty=0.0):
         return dot / math.sqrt(math.fsum(p * p for p in x) * math.fsum(q * q for q in y))
 
     def similarity(a, b):
-        return cosine(metric[a], metric[b]) - (penalty * math.log(sizes[a] + sizes[b]) if penalty else 0.0)
+        found = cosine(metric[a], metric[b])
+        if penalty:
+            found -= penalty * math.log(sizes[a] + sizes[b])
+        return found if burdens is None else found - burdens[a] - burdens[b]
 
     if r <= 0:
         return []
@@ -62,9 +65,15 @@ def merge_groups(groups, edges, protected):
 
 def metric_of(match_by, normed, key, value):
     """What tokens are compared by, a list of float lists: `normed` is `(tokens, hidden)`, the others have heads."""
-    keys, values = key.flatten(1), value.flatten(1)
-    both = torch.cat([keys / keys.norm(dim=1, keepdim=True), values / values.norm(dim=1, keepdim=True)], dim=1)
-    choices = {"key_mean": key.mean(1), "keys": keys, "values": values, "keys_values": both, "input": normed}
+    keys, values, key_mean = key.flatten(1), value.flatten(1), key.mean(1)
+
+    def both(one, other):
+        return torch.cat([one / one.norm(dim=1, keepdim=True), other / other.norm(dim=1, keepdim=True)], dim=1)
+
+    choices = {
+        "key_mean": key_mean, "keys": keys, "values": values, "keys_values": both(keys, values), "input": normed,
+        "input_key_mean": both(normed, key_mean),
+    }  # fmt: skip
     return choices[match_by].tolist()
 
 
@@ -129,13 +138,16 @@ def hidden_states(
     turn=None,
     match_by="key_mean",
     penalty=0.0,
+    attention_penalty=0.0,
 ):
     """Token states after the last layer of a pre-norm transformer in float64, image by image, not restored.
 
     `images` are the tokens that enter the first layer. `names` are those of a layer's parts: norm, attention, layer
     scale, norm, layer scale, and the output projection, in the attention or in the layer; behind these, where that is
     not `mlp`, the parts of the MLP. `angles_of` is that of `rotate`; `turn` does what `rotate` does, in other models:
-    `(heads, groups)` to heads. `match_by` is that of `metric_of`, `penalty` that of `match`.
+    `(heads, groups)` to heads. `match_by` is that of `metric_of`, `penalty` that of `match`; `attention_penalty` is how
+    much of the logarithm of the attention of the first token is a token's burden in `match`. All three may be lists
+    with an entry for each layer.
 
     Returns the states, and for every image the groups of input positions that each output token stands for.
     """
@@ -145,7 +157,10 @@ def hidden_states(
     outputs, all_groups = [], []
     for tokens in images:
         groups = [[i] for i in range(len(tokens))]
-        for layer, r in zip(layers, schedule, strict=True):
+        parts = (each_layer(value, len(schedule)) for value in (match_by, penalty, attention_penalty))
+        rules = zip(*parts, strict=True)
+        for layer, r, rule in zip(layers, schedule, rules, strict=True):
+            layer_match_by, layer_penalty, layer_attention_penalty = rule
             attention = part(layer, attention_name)
             dim = head_dim(attention, tokens.shape[-1])
             normed = getattr(layer, norm1)(tokens)
@@ -156,14 +171,17 @@ def hidden_states(
             sizes = [len(group) for group in groups]
             if turn is not None:
                 query, key = turn(query, groups), turn(key, groups)
-            metric = metric_of(match_by, normed, key, value)
-            edges = match(metric, min(r, (len(tokens) - protected) // 2), protected, sizes, penalty)
-            mixed = []
+            mixed, looked_at = [], []
             for head in range(key.shape[1]):
                 logits = query[:, head] @ key[:, head].T / math.sqrt(dim)
                 if proportional:
                     logits = logits + torch.tensor(sizes, dtype=torch.float64).log()
                 mixed.append(logits.softmax(-1) @ value[:, head])
+                looked_at.append(logits[0].softmax(-1))
+            burdens = (layer_attention_penalty * torch.stack(looked_at).mean(0).log()).tolist()
+            metric = metric_of(layer_match_by, normed, key, value)
+            r = min(r, (len(tokens) - protected) // 2)
+            edges = match(metric, r, protected, sizes, layer_penalty, burdens)
             branch = first_part((attention, output), (layer, output))(torch.cat(mixed, dim=-1))
             tokens = tokens + scaled(layer, scale1, branch)
             tokens, _ = merge(tokens, sizes, edges, protected)
@@ -175,6 +193,11 @@ def hidden_states(
         outputs.append(tokens)
         all_groups.append(groups)
     return torch.stack(outputs), all_groups
+
+
+def each_layer(value, num_layers):
+    """One value for each layer."""
+    return value if isinstance(value, list | tuple) else [value] * num_layers
 
 
 def scaled(layer, name, branch):

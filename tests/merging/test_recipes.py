@@ -11,16 +11,27 @@ from helpers.families import FAMILIES
 from helpers.models import make_model, make_plugins, schedule_of
 
 from tocom_hf import ArgumentError, DegreeError, MergeRecipe, PluginFileError, PluginSet, TocomModel, apply_tome
-from tocom_hf.merging.recipes import MATCH_BY
+from tocom_hf.merging.recipes import MATCH_BY, log_class_attention
 
 
 KINDS = [family for family in FAMILIES if str(family) in ("ViTForImageClassification", "DINOv3ViTModel")]
 
 
-@pytest.mark.parametrize("penalty", [0.0, 0.3, -0.2])
-@pytest.mark.parametrize("match_by", MATCH_BY)
+RECIPES = [
+    *(MergeRecipe(match_by, penalty) for match_by in MATCH_BY for penalty in (0.0, 0.3, -0.2)),
+    MergeRecipe("input", 0.02, attention_penalty=0.1),
+    MergeRecipe("key_mean", attention_penalty=-0.3),
+    MergeRecipe(["key_mean", "input", "keys", "values"], [0.0, 0.3, 0.0, 0.1], attention_penalty=[0.0, 0.0, 0.2, 0.1]),
+]
+
+
+def name_of(recipe):
+    return f"{recipe.match_by}, {recipe.size_penalty}, {recipe.attention_penalty}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
 @pytest.mark.parametrize("family", KINDS, ids=str)
-def test_layers_equal_the_slow_reference(family, match_by, penalty):
+def test_layers_equal_the_slow_reference(family, recipe):
     model = family.make().double()
     inputs = {name: value.double() for name, value in family.inputs(batch=2).items()}
     layers = model.get_submodule(family.layers)
@@ -31,9 +42,9 @@ def test_layers_equal_the_slow_reference(family, match_by, penalty):
         handle.remove()
         expected, groups = reference.hidden_states(
             layers, captured[0], [6] * 4, family.protected, family.names, angles_of=family.angles_of,
-            match_by=match_by, penalty=penalty,
+            match_by=recipe.match_by, penalty=recipe.size_penalty, attention_penalty=recipe.attention_penalty,
         )  # fmt: skip
-        apply_tome(model, 6, recipe=MergeRecipe(match_by=match_by, size_penalty=penalty))
+        apply_tome(model, 6, recipe=recipe)
         found = model(**inputs, output_hidden_states=True).hidden_states[-1]
     if found.shape != expected.shape:
         expected = reference.restore(expected, groups)
@@ -56,7 +67,8 @@ def test_a_recipe_stays_until_another_is_given(model, pixel_values):
 
 def test_compiles_and_exports(pixel_values):
     # one layer without sizes and one with them
-    model = apply_tome(make_model(num_hidden_layers=2), 4, recipe=MergeRecipe(match_by="keys_values", size_penalty=0.1))
+    recipe = MergeRecipe(["keys_values", "input"], size_penalty=0.1, attention_penalty=0.1)
+    model = apply_tome(make_model(num_hidden_layers=2), 4, recipe=recipe)
     with torch.no_grad():
         expected = model(pixel_values).logits
         torch.compiler.reset()
@@ -72,13 +84,55 @@ def test_a_file_comes_back_as_it_was_written(tmp_path):
     recipe = MergeRecipe(match_by="values", size_penalty=0.05, schedules={8: [1, 2, 3]})
     recipe.save(tmp_path / "recipe.json")
     assert MergeRecipe.load(tmp_path / "recipe.json") == recipe
-    assert json.loads((tmp_path / "recipe.json").read_text())["schedules"] == {"8": [1, 2, 3]}
+    content = json.loads((tmp_path / "recipe.json").read_text())
+    assert content["schedules"] == {"8": [1, 2, 3]}
+    # earlier versions, which do not know it, read the file
+    assert "attention_penalty" not in content
+    recipe = MergeRecipe(["values", "keys"], [0.05, 0], {8: [1, 2]}, [0, 0.1])
+    recipe.save(tmp_path / "recipe.json")
+    assert MergeRecipe.load(tmp_path / "recipe.json") == recipe
+    assert hash(MergeRecipe.load(tmp_path / "recipe.json")) == hash(recipe)
+
+
+def test_a_list_of_one_value_is_the_value(model, pixel_values):
+    with torch.no_grad():
+        expected = apply_tome(model, 5, recipe=MergeRecipe("input", 0.1, attention_penalty=0.2))(pixel_values).logits
+        lists = MergeRecipe(["input"] * 4, [0.1] * 4, attention_penalty=[0.2] * 4)
+        assert torch.equal(apply_tome(model, 5, recipe=lists)(pixel_values).logits, expected)
+
+
+def test_a_recipe_with_attention_needs_a_class_token():
+    model = next(family for family in FAMILIES if str(family) == "SiglipVisionModel").make()
+    with pytest.raises(ArgumentError, match=r"attention of the class token, and Siglip\w+ has none"):
+        apply_tome(model, 4, recipe=MergeRecipe(attention_penalty=0.1))
+    apply_tome(model, 4, recipe=MergeRecipe(attention_penalty=[0, 0, 0, 0]))
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_attention_of_the_class_token_is_that_of_the_model(dtype, proportional):
+    """Against the whole attention matrix, in float64."""
+    generator = torch.Generator().manual_seed(2)
+    query, key = (torch.randn(3, 9, 4, 8, generator=generator).to(dtype) for _ in range(2))
+    sizes = torch.randint(1, 5, (3, 9), generator=generator).float() if proportional else None
+    logits = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.double()) * 8**-0.5
+    if sizes is not None:
+        logits += sizes.double().log()[:, None, None]
+    expected = logits.softmax(-1)[:, :, 0].mean(1).log()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = log_class_attention(query, key, sizes, 8**-0.5)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "is a JSON object with match_by, size_penalty, schedules"),
+        ([], "is a JSON object with match_by, size_penalty, attention_penalty, schedules"),
+        ({"match_by": ["key_mean", "tokens"]}, r"match_by\[1\] must be one of key_mean, keys"),
+        ({"match_by": []}, "one entry for each layer, got an empty list"),
+        ({"match_by": {}}, "match_by must be one of key_mean, keys"),
+        ({"attention_penalty": [0, True]}, r"attention_penalty\[1\] must be a number"),
+        ({"attention_penalty": [0, 0.1], "schedules": {"4": [1, 2, 3]}}, "one entry for each layer of the same model"),
         ({"match_by": "tokens"}, "match_by must be one of key_mean, keys"),
         ({"size_penalty": math.nan}, "size_penalty must be a number"),
         ({"size_penalty": "0.1"}, "size_penalty must be a number"),
@@ -101,6 +155,8 @@ def test_negative_merges_and_other_numbers_of_layers_are_refused(model):
         MergeRecipe(schedules={4: [1, -2]})
     with pytest.raises(ArgumentError, match="models of 2 layers, and this model has 4"):
         apply_tome(model, 4, recipe=MergeRecipe(schedules={4: [1, 2]}))
+    with pytest.raises(ArgumentError, match="models of 2 layers, and this model has 4"):
+        apply_tome(model, 0, recipe=MergeRecipe(["keys", "input"]))
 
 
 RECIPE = MergeRecipe(match_by="input", size_penalty=0.02, schedules={4: [5, 5, 3, 3]})

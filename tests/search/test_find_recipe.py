@@ -85,16 +85,56 @@ def test_every_choice_is_better_and_none_costs_more(found):
             assert count_flops(model, degree) == round(row.gflops * 1e9) <= budget
 
 
-@pytest.mark.parametrize("match_by", ["key_mean", "keys_values"])
-def test_flops_of_any_schedule_follow_from_a_few(match_by):
+def test_flops_of_any_recipe_and_schedule_follow_from_a_few():
     model = make_model(hf.ViTModel)
     backbone = find_backbone(model)
     example = Example.of(backbone, None, 1)
-    apply_tome(model, 0, recipe=MergeRecipe(match_by=match_by))
-    with torch.no_grad():
-        flops = FlopModel(lambda schedule: example.count_at(list(schedule)).flops, 65, 1, 4)
+
+    def count(recipe, schedule):
+        apply_tome(model, 0, recipe=recipe)
+        with torch.no_grad():
+            return example.count_at(list(schedule)).flops
+
+    flops = FlopModel(count, ("key_mean", "input", "keys_values"), True, 65, 1, 4)
+    for recipe in (
+        MergeRecipe(),
+        MergeRecipe("keys_values", attention_penalty=0.1),
+        MergeRecipe(["key_mean", "input", "keys_values", "key_mean"], attention_penalty=[0, 0.1, 0, 0.2]),
+    ):
         for schedule in ([5, 5, 5, 5], [0, 9, 0, 20], [32, 30, 1, 1], [1, 2, 3, 4]):
-            assert flops(schedule) == pytest.approx(example.count_at(schedule).flops, rel=1e-9)
+            assert flops(recipe, schedule) == pytest.approx(count(recipe, schedule), rel=1e-9)
+
+
+def test_single_layers_get_the_rules_that_suit_them(images, monkeypatch):
+    """Here only layer 1 is better by its input, and only layer 2 by what the class token looks at."""
+
+    class Judge(module._Judge):
+        def distances(self, recipe, degree):
+            rules = [recipe.rule(layer) for layer in range(4)]
+            value = 2.0
+            for layer, rule in enumerate(rules):
+                value += (-0.3 if layer == 1 else 0.2) * (rule.match_by == "input")
+                value += (-0.2 if layer == 2 else 0.1) * (rule.attention_penalty == 0.05)
+            return torch.full((6,), value, dtype=torch.float64)
+
+    monkeypatch.setattr(module, "_Judge", Judge)
+    recipes = []
+    for passes in (0, 1):
+        found = find_recipe(make_model(hf.ViTModel), images, [4, 8], layer_passes=passes, max_evaluations=0)
+        recipes.append(found.recipe)
+    assert recipes[0] == TOME_RECIPE
+    assert [recipes[1].rule(layer).match_by for layer in range(4)] == ["key_mean", "input", "key_mean", "key_mean"]
+    assert recipes[1].attention_penalty == (0, 0, 0.05, 0)
+    assert recipes[1].size_penalty == 0
+
+
+def test_a_model_without_a_class_token_is_not_asked_what_it_looks_at(images):
+    config = hf.SiglipVisionConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=4
+    )
+    model = hf.SiglipVisionModel(config)
+    found = find_recipe(model, images, [4], match_by=["key_mean", "input"], max_evaluations=1)
+    assert not found.recipe.reads_attention
 
 
 @pytest.mark.parametrize("slope", [0.25, 1.0])
@@ -109,7 +149,8 @@ def test_decreasing_schedules_take_all_of_the_flops_of_their_degree(images, monk
 
     monkeypatch.setattr(module, "_Judge", Judge)
     monkeypatch.setattr(module, "_SLOPES", (slope,))
-    find_recipe(make_model(hf.ViTModel), images, [8], match_by=[], size_penalties=[], max_evaluations=1)
+    nothing = {"match_by": [], "size_penalties": [], "attention_penalties": []}
+    find_recipe(make_model(hf.ViTModel), images, [8], max_evaluations=1, **nothing)
     [merges] = {recipe.schedules[8] for recipe in seen if recipe.schedules}
     assert list(merges) == sorted(merges, reverse=True)
     assert merges[0] > merges[-1]
@@ -176,6 +217,8 @@ def test_wrong_arguments_are_refused_before_anything_runs(images):
         find_recipe(model, images, [-1])
     with pytest.raises(ArgumentError, match="match_by must be one of"):
         find_recipe(model, images, [4], match_by=["colour"])
+    with pytest.raises(ArgumentError, match="attention_penalty to try must be single values"):
+        find_recipe(model, images, [4], attention_penalties=[[0, 0, 0, 0.1]])
     with pytest.raises(DatasetError, match="At least four images"):
         find_recipe(model, images[:3], [4])
 

@@ -34,6 +34,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         help="Further ones, of which only the spread of features is taken; default: 1500 images, but no clips.",
     )
+    parser.add_argument(
+        "--layer_passes", type=int, default=1, help="How often to try other rules in single layers; 0 for never."
+    )
     parser.add_argument("--max_evaluations", type=int, default=60, help="Schedules to try at each degree; 0 for none.")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
@@ -61,6 +64,7 @@ def search(args: argparse.Namespace) -> None:
         samples,
         args.degrees,
         spread_images=spread_samples,
+        layer_passes=args.layer_passes,
         max_evaluations=args.max_evaluations,
         batch_size=args.batch_size,
         seed=args.seed,

@@ -16,7 +16,7 @@ from tocom_hf.merging.attention import attend
 from tocom_hf.merging.kernels import fused_merge, fused_plan
 from tocom_hf.merging.masks import refuse_hidden_keys
 from tocom_hf.merging.positions import Positions
-from tocom_hf.merging.recipes import matching_metric
+from tocom_hf.merging.recipes import TOME_RULE, MergeRule, log_class_attention, matching_metric
 from tocom_hf.merging.schedule import clamp_r
 from tocom_hf.merging.state import TokenState, running_call
 from tocom_hf.merging.subclassing import RuntimeSubclass, runtime_subclass
@@ -44,6 +44,7 @@ class AttentionCall(NamedTuple):
         bias: The logarithms of the sizes, `(batch, 1, 1, tokens)`, where the last layer made them.
         coordinates: Where the tokens are, float32 `(batch, tokens, values)`, in a model with rotary positions; `None`
             where none has merged yet.
+        rule: How the tokens that merge are chosen.
     """
 
     tome: TokenState
@@ -53,6 +54,7 @@ class AttentionCall(NamedTuple):
     queries: int | None
     bias: torch.Tensor | None = None
     coordinates: torch.Tensor | None = None
+    rule: MergeRule = TOME_RULE
 
 
 class Merging(RuntimeSubclass, nn.Module):
@@ -170,7 +172,7 @@ class MergingLayer(Merging):
         if r > 0 and tome.rows is None:
             tome.rows = token_rows(batch, tokens, hidden_states.device)
         has_plan = r == 0 or self.tome_index in tome.plans
-        return call._replace(r=r, rows=None if has_plan else tome.rows)
+        return call._replace(r=r, rows=None if has_plan else tome.rows, rule=settings.recipe.rule(self.tome_index))
 
     def _move(
         self,
@@ -220,22 +222,36 @@ class MergingAttention(Merging):
         output = output.reshape(*output.shape[:2], -1)
         if names.output is not None:
             output = getattr(self, names.output)(output)
-        plan = None if call.rows is None else self._plan(call, hidden_states, key, value)
+        plan = None if call.rows is None else self._plan(call, hidden_states, query, key, value)
         return output, weights, plan
 
     def _plan(
-        self, call: AttentionCall, hidden_states: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self,
+        call: AttentionCall,
+        hidden_states: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
     ) -> MergePlan:
-        """Which tokens merge. Takes what `matching_metric` takes."""
-        settings = call.tome.settings
-        recipe = settings.recipe
-        if recipe.match_by == "key_mean" and recipe.size_penalty == 0:
+        """Which tokens merge. Takes what `matching_metric` and `log_class_attention` take."""
+        settings, rule = call.tome.settings, call.rule
+        if rule == TOME_RULE:
             plan = fused_plan(key, call.r, settings.protected)
             if plan is not None:
                 return plan
-        metric = matching_metric(recipe.match_by, hidden_states, key, value)  # (batch, tokens, channels)
+        penalties = None
+        if rule.attention_penalty != 0:
+            sizes = call.sizes if settings.proportional_attention else None
+            scaling = getattr(self, self.tome_architecture.scaling)
+            penalties = rule.attention_penalty * log_class_attention(query, key, sizes, scaling)  # (batch, tokens)
         return match_tokens(
-            metric, call.r, settings.protected, call.rows, sizes=call.sizes, size_penalty=recipe.size_penalty
+            matching_metric(rule.match_by, hidden_states, key, value),  # (batch, tokens, channels)
+            call.r,
+            settings.protected,
+            call.rows,
+            sizes=call.sizes,
+            size_penalty=rule.size_penalty,
+            penalties=penalties,
         )
 
     def _project(self, hidden_states: torch.Tensor, queries: int | None) -> list[torch.Tensor]:

@@ -138,6 +138,11 @@ def set_merging(
             f"class_tokens_only does not fit {type(backbone.model).__name__}, whose head reads patch tokens, nor "
             "restore=True."
         )
+    if recipe.reads_attention and backbone.protected == 0:
+        raise ArgumentError(
+            f"The recipe goes by the attention of the class token, and {type(backbone.module).__name__} has none. Use "
+            "one without attention_penalty."
+        )
     if backbone.architecture.restores_always and not settings.restore:
         raise ArgumentError(
             f"{type(backbone.module).__name__} takes tokens by their numbers behind its last layer, so merged tokens "

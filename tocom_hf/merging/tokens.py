@@ -40,6 +40,7 @@ def match_tokens(
     *,
     sizes: torch.Tensor | None = None,
     size_penalty: float = 0.0,
+    penalties: torch.Tensor | None = None,
 ) -> MergePlan:
     """Bipartite soft matching (ToMe, section 3, steps 1 to 4).
 
@@ -54,6 +55,7 @@ def match_tokens(
         rows: The numbers from 0 up to at least `batch * tokens`, where the caller has them at hand.
         sizes: Float32 `(batch, tokens)`, or `None` where every token still has size 1.
         size_penalty: What the logarithm of the size of two tokens together takes off their similarity.
+        penalties: Float32 `(batch, tokens)`, what each token takes off the similarity of every pair that it is in.
 
     Returns:
         The plan. Output order: protected tokens, the A tokens that stay in their old order, all B tokens.
@@ -74,6 +76,8 @@ def match_tokens(
     if size_penalty != 0 and sizes is not None:
         together = sizes[:, first_a::2].unsqueeze(2) + sizes[:, first_b::2].unsqueeze(1)  # (batch, A, B)
         cosines = cosines - size_penalty * together.log()
+    if penalties is not None:
+        cosines = cosines - penalties[:, first_a::2].unsqueeze(2) - penalties[:, first_b::2].unsqueeze(1)
     similarity, partner = cosines.max(dim=-1)  # (batch, A)
     order = _descending(similarity)  # (batch, A)
 

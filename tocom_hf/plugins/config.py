@@ -256,9 +256,7 @@ _RANGES = {
 def _check_recipe(path: Path, merging: dict[str, Any], num_layers: int) -> None:
     """Refuse a merging recipe that is none, or one for another number of layers."""
     try:
-        recipe = MergeRecipe.from_dict(merging.get("recipe", {}))
-        for degree in recipe.schedules:
-            recipe.schedule(degree, num_layers)
+        MergeRecipe.from_dict(merging.get("recipe", {})).require_layers(num_layers)
     except (ArgumentError, DegreeError) as error:
         raise PluginFileError(f"{path}: merging.recipe cannot be used. {error}") from error
 

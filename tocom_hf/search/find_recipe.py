@@ -35,7 +35,8 @@ class RecipeResult:
 
     Attributes:
         degree: The degree.
-        what: Which part of the recipe was added last: `ToMe`, the matching, the size penalty or the schedule.
+        what: Which part of the recipe was added last: `ToMe`, the matching, a penalty, the layers that have rules of
+            their own, or the schedule.
         recipe: The recipe.
         distance: How far features are from those of r = 0, on the images that the search went by: the mean of
             `WhitenedFeatures`, which is 0 where nothing changed and 1 for an image whose features are the mean of all.
@@ -95,19 +96,22 @@ def find_recipe(
     spread_images: Dataset | None = None,
     match_by: Sequence[str] = MATCH_BY,
     size_penalties: Sequence[float] = (0.0, 0.02, 0.05, 0.1),
+    attention_penalties: Sequence[float] = (0.0, 0.02, 0.05),
+    layer_passes: int = 1,
     max_evaluations: int = 60,
     batch_size: int = 32,
     seed: int = 0,
     progress: str | Path | None = None,
     report: Callable[[str], None] | None = None,
 ) -> FoundRecipe:
-    """Choose what tokens are matched by, a size penalty, and a schedule of merges for each degree, without labels.
+    """Choose what tokens are matched by, penalties, and a schedule of merges for each degree, without labels.
 
     One half of the images decides: the recipe whose features are the nearest to those without merging, in units of
-    their own spread. First what to match by, then the penalty, both over all degrees together; then for each degree a
-    schedule, from schedules that merge less and less from layer to layer and by moving merges between layers as long
-    as that helps. The other half of the images is looked at last: a part of the recipe that does not help there is left
-    out. No recipe costs more FLOPs than ToMe's rule at that degree.
+    their own spread. First what to match by and the penalties, over all degrees together; then, layer by layer from the
+    first, whether another matching or attention penalty is better there; then for each degree a schedule, from
+    schedules that merge less and less from layer to layer and by moving merges between layers as long as that helps.
+    The other half of the images is looked at last: a part of the recipe that does not help there is left out. No recipe
+    costs more FLOPs than ToMe's rule at that degree.
 
     Args:
         model: A supported model that does not merge. It is left as it was.
@@ -119,6 +123,8 @@ def find_recipe(
             features have channels. They go through the model once.
         match_by: What to try, of `MergeRecipe.match_by`.
         size_penalties: What to try, of `MergeRecipe.size_penalty`.
+        attention_penalties: What to try, of `MergeRecipe.attention_penalty`; of a model without a class token nothing.
+        layer_passes: How often to go through the layers; 0 gives all of them the same rule.
         max_evaluations: How many schedules to try at each degree; 0 leaves schedules alone.
         batch_size: Images of a forward pass.
         seed: Decides the halves and the order in which schedules are tried.
@@ -148,16 +154,20 @@ def find_recipe(
     wanted = sorted({require_degree(degree, "degrees") for degree in degrees} - {0})
     if not wanted:
         raise ArgumentError("degrees must have at least one degree above 0: at 0 nothing merges.")
-    tried = [MergeRecipe(match_by=name) for name in match_by]
-    penalties = [MergeRecipe(size_penalty=penalty).size_penalty for penalty in size_penalties]
+    names = _tried("match_by", match_by)
+    penalties = _tried("size_penalty", size_penalties)
     if require_degree(batch_size, "batch_size") < 1:
         raise ArgumentError(f"batch_size must be at least 1, got {batch_size}.")
+    looks = _tried("attention_penalty", attention_penalties)
     require_degree(max_evaluations, "max_evaluations")
+    require_degree(layer_passes, "layer_passes")
     count = len(images)  # type: ignore[arg-type]
     if count < 4:
         raise DatasetError(f"At least four images are needed to choose a recipe and to check it, got {count}.")
 
     backbone = find_backbone(model)
+    if backbone.protected == 0:
+        looks = []
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     halves = [Subset(images, order[::2]), Subset(images, order[1::2])]
     more = 0 if spread_images is None else len(spread_images)  # type: ignore[arg-type]
@@ -173,8 +183,10 @@ def find_recipe(
         searching.objective = held_out.objective = WhitenedFeatures().fitted(torch.cat(features))
         search = _Search(searching, held_out, wanted, report or (lambda line: None))
         search.start()
-        search.choose("matching", [replace(search.recipe, match_by=recipe.match_by) for recipe in tried])
-        search.choose("size penalty", [replace(search.recipe, size_penalty=penalty) for penalty in penalties])
+        search.choose("matching", "match_by", names)
+        search.choose("attention penalty", "attention_penalty", looks)
+        search.choose("size penalty", "size_penalty", penalties)
+        search.find_layers(names, looks, layer_passes)
         for degree in wanted:
             search.find_schedule(degree, max_evaluations, torch.Generator().manual_seed(seed))
     return FoundRecipe(search.recipe, sorted(search.results, key=lambda row: row.degree))
@@ -187,7 +199,7 @@ class _Judge:
         self.backbone = backbone
         self.progress = progress
         self.objective = WhitenedFeatures()
-        self.flop_models: dict[str, FlopModel] = {}
+        self.flop_model: FlopModel | None = None
         self.batch_size = batch_size
         self.batches = list(self._load(images))
         # others than images are only taken at the size that the configuration names
@@ -205,30 +217,34 @@ class _Judge:
     def distances(self, recipe: MergeRecipe, degree: int) -> torch.Tensor:
         """That of each image: float64 `(images,)`."""
         schedule = recipe.schedule(degree, len(self.backbone.layers))
-        name = f"{recipe.match_by} {recipe.size_penalty} {' '.join(map(str, schedule))}"
-        return torch.tensor(self.progress.measured(name, lambda: self._measure(recipe, degree)), dtype=torch.float64)
+        values = [_as_text(value) for value in (recipe.match_by, recipe.size_penalty, schedule)]
+        if recipe.reads_attention:
+            values.append(_as_text(recipe.attention_penalty))
+        measured = self.progress.measured(" ".join(values), lambda: self._measure(recipe, degree))
+        return torch.tensor(measured, dtype=torch.float64)
 
     def flops(self, recipe: MergeRecipe, degree: int) -> int:
         """The floating-point operations for one image, counted."""
-        return self._count(recipe.match_by, recipe.schedule(degree, len(self.backbone.layers)))
+        return self._count(recipe, recipe.schedule(degree, len(self.backbone.layers)))
 
     def predicted_flops(self, recipe: MergeRecipe, degree: int) -> float:
         """The same from a few counts, for those who ask often."""
         layers = len(self.backbone.layers)
-        match_by = recipe.match_by
-        if match_by not in self.flop_models:
+        if self.flop_model is None:
             tokens = self.example.count_at(0).tokens[0]
-            self.flop_models[match_by] = FlopModel(
-                lambda schedule: self._count(match_by, schedule), tokens, self.backbone.protected, layers
-            )
-        return self.flop_models[match_by](recipe.schedule(degree, layers))
+            protected = self.backbone.protected
+            self.flop_model = FlopModel(self._count, MATCH_BY, protected > 0, tokens, protected, layers)
+        return self.flop_model(recipe, recipe.schedule(degree, layers))
 
-    def _count(self, match_by: str, schedule: Sequence[int]) -> int:
+    def _count(self, recipe: MergeRecipe, schedule: Sequence[int]) -> int:
         def count() -> int:
-            with merging_at(self.backbone, 0, recipe=MergeRecipe(match_by=match_by)):
+            with merging_at(self.backbone, 0, recipe=recipe):
                 return self.example.count_at(list(schedule)).flops
 
-        return self.progress.measured(f"FLOPs {match_by} {' '.join(map(str, schedule))}", count)
+        name = f"FLOPs {_as_text(recipe.match_by)} {_as_text(schedule)}"
+        if recipe.reads_attention:
+            name += f" {_as_text(recipe.attention_penalty)}"
+        return self.progress.measured(name, count)
 
     def _load(self, images: Dataset) -> Iterator[torch.Tensor]:
         parameter = next(self.backbone.module.parameters())
@@ -261,19 +277,46 @@ class _Search:
         for degree in self.degrees:
             self._record(degree, TOME, self.recipe, self.recipe)
 
-    def choose(self, what: str, recipes: list[MergeRecipe]) -> None:
-        """Take the recipe that closes most of the distance, summed over degrees; none if it does not help."""
-        fitted = [self._fitted(recipe) for recipe in recipes]
+    def choose(self, what: str, part: str, values: Sequence[str] | Sequence[float]) -> None:
+        """Take the value of a part of the recipe that closes most of the distance; none if it does not help."""
+        fitted = [self._fitted(_with(self.recipe, part, value)) for value in values]
         best = max(fitted, key=lambda recipe: self._closed(self.judge, recipe), default=self.recipe)
+        name = f"{what} {getattr(best, part)}"
+        self._take(name, best, otherwise=f"{what}: nothing that was tried is better than what there is")
+
+    def find_layers(self, match_by: Sequence[str], attention_penalties: Sequence[float], passes: int) -> None:
+        """Change the matching and the attention penalty of single layers, from the first, where that helps."""
+        best = self.recipe
+        for _ in range(passes):
+            before = best
+            for layer in range(len(self.judge.backbone.layers)):
+                for part, values in (("attention_penalty", attention_penalties), ("match_by", match_by)):
+                    changed = [self._fitted(self._with_layer(best, layer, part, value)) for value in values]
+                    best = max([best, *changed], key=lambda recipe: self._closed(self.judge, recipe))
+            if best == before:
+                break
+        if passes > 0:
+            name = "rules of their own for some layers"
+            self._take(name, best, otherwise="layers: none is better with a rule of its own")
+
+    def _take(self, what: str, best: MergeRecipe, otherwise: str) -> None:
+        """Take a recipe where it helps on either half of the images, and say so; else say `otherwise`."""
         closed, checked = self._closed(self.judge, best), self._closed(self.held_out, best)
-        name = f"{what} {best.match_by if what == 'matching' else best.size_penalty}"
         if best == self.recipe or closed <= 0 or checked <= 0:
-            self.report(f"{what}: nothing that was tried is better than what there is")
+            self.report(otherwise)
             return
-        self.report(f"{name}: closes {100 * closed:.0f} % of the distance, {100 * checked:.0f} % on held-out images")
+        self.report(f"{what}: closes {100 * closed:.0f} % of the distance, {100 * checked:.0f} % on held-out images")
         for degree in self.degrees:
-            self._record(degree, name, best, self.recipe)
+            self._record(degree, what, best, self.recipe)
         self.recipe = best
+
+    def _with_layer(self, recipe: MergeRecipe, layer: int, part: str, value: str | float) -> MergeRecipe:
+        """A recipe with another value of one part in one layer."""
+        layers = len(self.judge.backbone.layers)
+        values = [getattr(recipe.rule(index), part) for index in range(layers)]
+        values[layer] = value
+        alike = len(set(values)) == 1
+        return _with(recipe, part, value if alike else values)
 
     def find_schedule(self, degree: int, max_evaluations: int, generator: torch.Generator) -> None:
         """Take the best of some decreasing schedules at one degree, and move merges between layers while that helps.
@@ -381,6 +424,29 @@ class _Search:
             gflops=self.judge.flops(recipe, degree) / 1e9,
         )
         self.results.append(row)
+
+
+def _tried(part: str, values: Sequence[Any]) -> list[Any]:
+    """Values of one part of a recipe, each for all layers.
+
+    Raises:
+        ArgumentError: if one of them is not.
+    """
+    tried = [getattr(_with(TOME_RECIPE, part, value), part) for value in values]
+    if any(isinstance(value, tuple) for value in tried):
+        raise ArgumentError(f"{part} to try must be single values, for all layers, got {list(values)!r:.200}.")
+    return tried
+
+
+def _with(recipe: MergeRecipe, part: str, value: Any) -> MergeRecipe:
+    """A recipe with another value of one part."""
+    changes: dict[str, Any] = {part: value}
+    return replace(recipe, **changes)
+
+
+def _as_text(value: Any) -> str:
+    """A part of a recipe, in the name of a measurement."""
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def _standard_error(values: torch.Tensor) -> float:
