@@ -137,6 +137,23 @@ def test_a_model_without_a_class_token_is_not_asked_what_it_looks_at(images):
     assert not found.recipe.reads_attention
 
 
+def test_no_degree_up_to_the_largest_costs_more_than_tomes_rule(images, monkeypatch):
+    """Comparing more channels costs more, so that more tokens have to merge."""
+
+    class Judge(module._Judge):
+        def distances(self, recipe, degree):
+            return torch.full((6,), 2.0 - (recipe.match_by == "keys_values"), dtype=torch.float64)
+
+    monkeypatch.setattr(module, "_Judge", Judge)
+    arguments = {"match_by": ["keys_values"], "size_penalties": [], "attention_penalties": [], "max_evaluations": 0}
+    found = find_recipe(make_model(hf.ViTModel), images, [8], **arguments)
+    assert found.recipe.match_by == "keys_values"
+    for degree in range(1, 9):
+        budget = count_flops(make_model(hf.ViTModel), degree)
+        assert count_flops(apply_tome(make_model(hf.ViTModel), 0, recipe=found.recipe), degree) <= budget
+        assert sum(found.recipe.schedule(degree, 4)) > 4 * degree
+
+
 @pytest.mark.parametrize("slope", [0.25, 1.0])
 def test_decreasing_schedules_take_all_of_the_flops_of_their_degree(images, monkeypatch, slope):
     """The only candidate here, so that every recipe that is looked at is one."""
@@ -151,7 +168,7 @@ def test_decreasing_schedules_take_all_of_the_flops_of_their_degree(images, monk
     monkeypatch.setattr(module, "_SLOPES", (slope,))
     nothing = {"match_by": [], "size_penalties": [], "attention_penalties": []}
     find_recipe(make_model(hf.ViTModel), images, [8], max_evaluations=1, **nothing)
-    [merges] = {recipe.schedules[8] for recipe in seen if recipe.schedules}
+    [merges] = {recipe.schedules[8] for recipe in seen if 8 in recipe.schedules}
     assert list(merges) == sorted(merges, reverse=True)
     assert merges[0] > merges[-1]
 

@@ -189,6 +189,7 @@ def find_recipe(
         search.find_layers(names, looks, layer_passes)
         for degree in wanted:
             search.find_schedule(degree, max_evaluations, torch.Generator().manual_seed(seed))
+        search.fit_other_degrees()
     return FoundRecipe(search.recipe, sorted(search.results, key=lambda row: row.degree))
 
 
@@ -270,7 +271,7 @@ class _Search:
         self.report = report
         self.recipe = TOME_RECIPE
         self.results: list[RecipeResult] = []
-        self.budgets = {degree: judge.flops(TOME_RECIPE, degree) for degree in degrees}
+        self.budgets = {degree: judge.flops(TOME_RECIPE, degree) for degree in range(1, max(degrees) + 1)}
 
     def start(self) -> None:
         """Measure ToMe's rule."""
@@ -298,6 +299,12 @@ class _Search:
         if passes > 0:
             name = "rules of their own for some layers"
             self._take(name, best, otherwise="layers: none is better with a rule of its own")
+
+    def fit_other_degrees(self) -> None:
+        """Keep the recipe within the FLOPs of all degrees up to the largest that was searched for."""
+        others = [degree for degree in range(1, max(self.degrees)) if degree not in self.degrees]
+        fitted = self._fitted(self.recipe, others)
+        self.recipe = replace(self.recipe, schedules={**self.recipe.schedules, **fitted.schedules})
 
     def _take(self, what: str, best: MergeRecipe, otherwise: str) -> None:
         """Take a recipe where it helps on either half of the images, and say so; else say `otherwise`."""
@@ -363,11 +370,16 @@ class _Search:
                 return candidate
         return None
 
-    def _fitted(self, recipe: MergeRecipe) -> MergeRecipe:
-        """A recipe that costs no more than ToMe's at any degree: comparing more channels costs some merges more."""
+    def _fitted(self, recipe: MergeRecipe, degrees: Sequence[int] | None = None) -> MergeRecipe:
+        """A recipe that costs no more than ToMe's at any degree: comparing more channels costs some merges more.
+
+        Args:
+            recipe: What it does; its schedules are left out.
+            degrees: Those that it gets schedules for where it needs them; by default those of the search.
+        """
         layers = len(self.judge.backbone.layers)
         schedules: dict[int, tuple[int, ...]] = {}
-        for degree in self.degrees:
+        for degree in self.degrees if degrees is None else degrees:
             merges = [degree] * layers
             layer = 0
             while not self._fits(replace(recipe, schedules={degree: tuple(merges)}), degree):
