@@ -528,9 +528,8 @@ def heads_at_224() -> str:
 
 
 def fine_tuned_at_224() -> str:
-    """What `finetuned.py` wrote of study C, without the column of cosines, which logits have none of."""
-    lines = (RESULTS / "study_c" / "finetuned.md").read_text(encoding="utf-8").splitlines()
-    return "\n".join(" | ".join(line.split(" | ")[:-1]) + " |" for line in lines)
+    """What `finetuned.py` wrote of study C."""
+    return (RESULTS / "study_c" / "finetuned.md").read_text(encoding="utf-8").strip()
 
 
 def means_at_224() -> str:
@@ -543,11 +542,12 @@ def means_at_224() -> str:
                 groups.setdefault((row["change"], row["what"]), []).append(row)
         for (change, what), group in groups.items():
             gain, lost = (sum(row[value] for row in group) / len(group) for value in ("gain", "lost"))
-            error = math.sqrt(sum(row["gain_se"] ** 2 for row in group)) / len(group)
-            rows.append(
-                [models, change, what, f"{100 * lost:.1f}", f"{100 * gain:+.1f} ± {100 * error:.1f}",
-                 f"{100 * gain / lost:.0f} ± {100 * error / lost:.0f} %"]
-            )  # fmt: skip
+            error, lost_error = (
+                math.sqrt(sum(row[value] ** 2 for row in group)) / len(group) for value in ("gain_se", "lost_se")
+            )
+            # a share of a loss that is not clear of its error says nothing
+            share = f"{100 * gain / lost:.0f} ± {100 * error / lost:.0f} %" if lost > 2 * lost_error else ""
+            rows.append([models, change, what, f"{100 * lost:.1f}", f"{100 * gain:+.1f} ± {100 * error:.1f}", share])
     header = ["models", "change of r", "what", "lost by ToMe, points", "over ToMe, points", "of the loss won back"]
     return table(header, rows)
 

@@ -27,6 +27,9 @@ from tocom_hf import MergeRecipe, PluginSet, TocomModel, apply_tome
 from tocom_hf.merging.recipes import read_recipe
 
 
+DIVERGENCE = {"divergence": "divergence from r = 0, nats"}
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="The --output_dir of run.py.")
@@ -65,29 +68,45 @@ def read_logits(outputs: Any) -> torch.Tensor:
     return outputs.logits
 
 
+def divergence(logits: torch.Tensor, others: torch.Tensor) -> float:
+    """The mean Kullback-Leibler divergence of what others say of the classes, in nats."""
+    target, found = logits.log_softmax(dim=1), others.log_softmax(dim=1)
+    return torch.nn.functional.kl_div(found, target, reduction="batchmean", log_target=True).item()
+
+
 def measure(
     task: Task, folder: Path, recipe: MergeRecipe | None, sets: dict[str, PluginSet], args: argparse.Namespace
 ) -> list[dict]:
     """The rows of one task, whose checkpoints are in a folder."""
     own, trained = folder / "r0-seed0", folder / f"r{args.trained_at}-seed0"
 
-    def right(name: str, prepare: Callable[[], PreTrainedModel]) -> np.ndarray:
+    def logits(name: str, prepare: Callable[[], PreTrainedModel]) -> torch.Tensor:
+        """Of each test image: float64 `(images, classes)`."""
+        return task.outputs(name, "test", prepare, read_logits).double()
+
+    def is_right(logits: torch.Tensor) -> np.ndarray:
         """Whether the model is right, for each test image: float64 `(images,)`."""
-        logits = task.outputs(name, "test", prepare, read_logits)
         return (logits.argmax(dim=1) == task.labels["test"]).double().numpy()
 
-    dense = right("r0-at-0", merging(own, 0))
+    def right(name: str, prepare: Callable[[], PreTrainedModel]) -> np.ndarray:
+        return is_right(logits(name, prepare))
+
+    unmerged = logits("r0-at-0", merging(own, 0))
+    dense = is_right(unmerged)
     rows = [make_row(task, "at 0", "r = 0", dense)]
     for degree in args.degrees:
-        plain = right(f"r0-at-{degree}", merging(own, degree))
-        found = {TOME: plain}
+        found = {TOME: logits(f"r0-at-{degree}", merging(own, degree))}
         if recipe is not None:
-            found["recipe alone"] = right(f"r0-at-{degree}-recipe", merging(own, degree, recipe))
+            found["recipe alone"] = logits(f"r0-at-{degree}-recipe", merging(own, degree, recipe))
         for name, plugins in sets.items():
-            found[name] = right(f"r0-at-{degree}-{name}", compensated(own, plugins, degree))
+            found[name] = logits(f"r0-at-{degree}-{name}", compensated(own, plugins, degree))
+        plain = is_right(found[TOME])
+        for what, values in found.items():
+            rows.append(make_row(task, f"0 to {degree}", what, is_right(values), plain, dense))
+            rows[-1]["divergence"] = divergence(unmerged, values)
         if degree == args.trained_at:
-            found[f"ToMe, fine-tuned at {degree}"] = right(f"r{degree}-at-{degree}", merging(trained, degree))
-        rows += [make_row(task, f"0 to {degree}", what, hits, plain, dense) for what, hits in found.items()]
+            hits = right(f"r{degree}-at-{degree}", merging(trained, degree))
+            rows.append(make_row(task, f"0 to {degree}", f"ToMe, fine-tuned at {degree}", hits, plain, dense))
     change, at_home = (
         f"{args.trained_at} to 0",
         right(f"r{args.trained_at}-at-{args.trained_at}", merging(trained, args.trained_at)),
@@ -109,8 +128,8 @@ def main() -> None:
         task = Task(args.root / "data" / name, str(args.root / "base"), args.work_dir, args.test_images)
         rows += measure(task, args.root / "checkpoints" / name, recipe, sets, args)
         output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        output.with_suffix(".md").write_text(table(rows) + "\n", encoding="utf-8")
-    print(table(rows))
+        output.with_suffix(".md").write_text(table(rows, DIVERGENCE) + "\n", encoding="utf-8")
+    print(table(rows, DIVERGENCE))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ IMAGE_SIZE = 224
 SPLITS = {"train": 800, "validation": 200, "test": 1000}
 BATCH_SIZE = 25
 TOME = "ToMe"
-COLUMNS = ("task", "change of r", "what", "accuracy, %", "over ToMe, points", "of the loss won back", "cosine to r = 0")
+COLUMNS = ("task", "change of r", "what", "accuracy, %", "over ToMe, points", "of the loss won back")
+COSINE = {"cosine": "cosine to r = 0"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -234,9 +235,10 @@ def _mean(name: str, values: np.ndarray) -> dict[str, float]:
     return {name: float(values.mean()), f"{name}_se": float(values.std(ddof=1) / math.sqrt(len(values)))}
 
 
-def table(rows: list[dict]) -> str:
-    """The rows in Markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+def table(rows: list[dict], nearness: dict[str, str] = COSINE) -> str:
+    """The rows in Markdown. `nearness` names what says how near the outputs are to those of r = 0, and its column."""
+    header = (*COLUMNS, *nearness.values())
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for row in rows:
         cells = [f"`{row['task']}`", row["change"], row["what"], _percent(row, "accuracy", "")]
         # that of ToMe's rule over itself is none
@@ -247,7 +249,7 @@ def table(rows: list[dict]) -> str:
         cells.append(
             f"{100 * row['gain'] / row['lost']:.0f} ± {100 * row['gain_se'] / row['lost']:.0f} %" if clear else ""
         )
-        cells.append(f"{row['cosine']:.4f}" if "cosine" in row else "")
+        cells += [f"{row[name]:.4f}" if name in row else "" for name in nearness]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -105,27 +105,28 @@ def test_flops_of_any_recipe_and_schedule_follow_from_a_few():
             assert flops(recipe, schedule) == pytest.approx(count(recipe, schedule), rel=1e-9)
 
 
-def test_single_layers_get_the_rules_that_suit_them(images, monkeypatch):
-    """Here only layer 1 is better by its input, and only layer 2 by what the class token looks at."""
+def test_the_first_layers_get_a_rule_that_suits_them(images, monkeypatch):
+    """Here the first two are better by keys, the others by their input and what the class token looks at."""
 
     class Judge(module._Judge):
         def distances(self, recipe, degree):
-            rules = [recipe.rule(layer) for layer in range(4)]
-            value = 2.0
-            for layer, rule in enumerate(rules):
-                value += (-0.3 if layer == 1 else 0.2) * (rule.match_by == "input")
-                value += (-0.2 if layer == 2 else 0.1) * (rule.attention_penalty == 0.05)
+            value = 4.0
+            for layer in range(4):
+                rule = recipe.rule(layer)
+                value -= 0.5 * (rule.match_by == "keys") if layer < 2 else 0.6 * (rule.match_by == "input")
+                value += 0.5 * (rule.attention_penalty > 0) if layer < 2 else 0.1 * (rule.attention_penalty != 0.05)
             return torch.full((6,), value, dtype=torch.float64)
 
     monkeypatch.setattr(module, "_Judge", Judge)
     recipes = []
-    for passes in (0, 1):
-        found = find_recipe(make_model(hf.ViTModel), images, [4, 8], layer_passes=passes, max_evaluations=0)
+    for count in (0, 4):
+        found = find_recipe(make_model(hf.ViTModel), images, [4, 8], first_layers=count, max_evaluations=0)
         recipes.append(found.recipe)
-    assert recipes[0] == TOME_RECIPE
-    assert [recipes[1].rule(layer).match_by for layer in range(4)] == ["key_mean", "input", "key_mean", "key_mean"]
-    assert recipes[1].attention_penalty == (0, 0, 0.05, 0)
-    assert recipes[1].size_penalty == 0
+    assert recipes[0].match_by == "input"
+    assert recipes[0].attention_penalty == 0
+    assert [recipes[1].rule(layer).match_by for layer in range(4)] == ["keys", "keys", "input", "input"]
+    assert recipes[1].attention_penalty == (0, 0, 0.05, 0.05)
+    assert found.results[-1].what == "keys in the first 2, attention penalty 0.05 in the other layers"
 
 
 def test_a_model_without_a_class_token_is_not_asked_what_it_looks_at(images):

@@ -35,7 +35,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="Further ones, of which only the spread of features is taken; default: 1500 images, but no clips.",
     )
     parser.add_argument(
-        "--layer_passes", type=int, default=1, help="How often to try other rules in single layers; 0 for never."
+        "--first_layers", type=int, default=4, help="How many first layers may have a rule of their own; 0 for none."
     )
     parser.add_argument("--max_evaluations", type=int, default=60, help="Schedules to try at each degree; 0 for none.")
     parser.add_argument("--batch_size", type=int, default=32)
@@ -64,7 +64,7 @@ def search(args: argparse.Namespace) -> None:
         samples,
         args.degrees,
         spread_images=spread_samples,
-        layer_passes=args.layer_passes,
+        first_layers=args.first_layers,
         max_evaluations=args.max_evaluations,
         batch_size=args.batch_size,
         seed=args.seed,

@@ -35,8 +35,8 @@ class RecipeResult:
 
     Attributes:
         degree: The degree.
-        what: Which part of the recipe was added last: `ToMe`, the matching, a penalty, the layers that have rules of
-            their own, or the schedule.
+        what: Which part of the recipe was added last: `ToMe`, the matching, a penalty, the rule of the first layers, or
+            the schedule.
         recipe: The recipe.
         distance: How far features are from those of r = 0, on the images that the search went by: the mean of
             `WhitenedFeatures`, which is 0 where nothing changed and 1 for an image whose features are the mean of all.
@@ -97,7 +97,7 @@ def find_recipe(
     match_by: Sequence[str] = MATCH_BY,
     size_penalties: Sequence[float] = (0.0, 0.02, 0.05, 0.1),
     attention_penalties: Sequence[float] = (0.0, 0.02, 0.05),
-    layer_passes: int = 1,
+    first_layers: int = 4,
     max_evaluations: int = 60,
     batch_size: int = 32,
     seed: int = 0,
@@ -107,11 +107,11 @@ def find_recipe(
     """Choose what tokens are matched by, penalties, and a schedule of merges for each degree, without labels.
 
     One half of the images decides: the recipe whose features are the nearest to those without merging, in units of
-    their own spread. First what to match by and the penalties, over all degrees together; then, layer by layer from the
-    first, whether another matching or attention penalty is better there; then for each degree a schedule, from
-    schedules that merge less and less from layer to layer and by moving merges between layers as long as that helps.
-    The other half of the images is looked at last: a part of the recipe that does not help there is left out. No recipe
-    costs more FLOPs than ToMe's rule at that degree.
+    their own spread. First what to match by and the penalties, over all degrees together, where the first layers may
+    have a matching of their own and no attention penalty; then for each degree a schedule, from schedules that merge
+    less and less from layer to layer and by moving merges between layers as long as that helps. The other half of the
+    images is looked at last: a part of the recipe that does not help there is left out. No recipe costs more FLOPs than
+    ToMe's rule at that degree.
 
     Args:
         model: A supported model that does not merge. It is left as it was.
@@ -124,7 +124,7 @@ def find_recipe(
         match_by: What to try, of `MergeRecipe.match_by`.
         size_penalties: What to try, of `MergeRecipe.size_penalty`.
         attention_penalties: What to try, of `MergeRecipe.attention_penalty`; of a model without a class token nothing.
-        layer_passes: How often to go through the layers; 0 gives all of them the same rule.
+        first_layers: How many layers may have a rule of their own, from the first; 0 gives all the same one.
         max_evaluations: How many schedules to try at each degree; 0 leaves schedules alone.
         batch_size: Images of a forward pass.
         seed: Decides the halves and the order in which schedules are tried.
@@ -160,7 +160,7 @@ def find_recipe(
         raise ArgumentError(f"batch_size must be at least 1, got {batch_size}.")
     looks = _tried("attention_penalty", attention_penalties)
     require_degree(max_evaluations, "max_evaluations")
-    require_degree(layer_passes, "layer_passes")
+    require_degree(first_layers, "first_layers")
     count = len(images)  # type: ignore[arg-type]
     if count < 4:
         raise DatasetError(f"At least four images are needed to choose a recipe and to check it, got {count}.")
@@ -185,8 +185,8 @@ def find_recipe(
         search.start()
         search.choose("matching", "match_by", names)
         search.choose("attention penalty", "attention_penalty", looks)
+        search.find_first_layers(names, looks, first_layers)
         search.choose("size penalty", "size_penalty", penalties)
-        search.find_layers(names, looks, layer_passes)
         for degree in wanted:
             search.find_schedule(degree, max_evaluations, torch.Generator().manual_seed(seed))
         search.fit_other_degrees()
@@ -285,20 +285,23 @@ class _Search:
         name = f"{what} {getattr(best, part)}"
         self._take(name, best, otherwise=f"{what}: nothing that was tried is better than what there is")
 
-    def find_layers(self, match_by: Sequence[str], attention_penalties: Sequence[float], passes: int) -> None:
-        """Change the matching and the attention penalty of single layers, from the first, where that helps."""
-        best = self.recipe
-        for _ in range(passes):
-            before = best
-            for layer in range(len(self.judge.backbone.layers)):
-                for part, values in (("attention_penalty", attention_penalties), ("match_by", match_by)):
-                    changed = [self._fitted(self._with_layer(best, layer, part, value)) for value in values]
-                    best = max([best, *changed], key=lambda recipe: self._closed(self.judge, recipe))
-            if best == before:
-                break
-        if passes > 0:
-            name = "rules of their own for some layers"
-            self._take(name, best, otherwise="layers: none is better with a rule of its own")
+    def find_first_layers(self, match_by: Sequence[str], attention_penalties: Sequence[float], most: int) -> None:
+        """Give the first layers a matching of their own and no attention penalty, where that helps.
+
+        The class token has read little there. Without it the penalty of the other layers is chosen anew.
+        """
+        layers = len(self.judge.backbone.layers)
+        penalty = self.recipe.rule(layers - 1).attention_penalty
+        counts = range(1, min(most, layers - 1) + 1)
+        found = {(count, name): self._with_first(count, name, penalty) for count in counts for name in match_by}
+        if not found:
+            return
+        count, name = max(found, key=lambda key: self._closed(self.judge, found[key]))
+        others = [self._with_first(count, name, penalty) for penalty in attention_penalties]
+        best = max([found[count, name], *others], key=lambda recipe: self._closed(self.judge, recipe))
+        penalty = best.rule(layers - 1).attention_penalty
+        what = f"{name} in the first {count}, attention penalty {penalty} in the other layers"
+        self._take(what, best, otherwise="first layers: no rule of their own is better")
 
     def fit_other_degrees(self) -> None:
         """Keep the recipe within the FLOPs of all degrees up to the largest that was searched for."""
@@ -316,14 +319,6 @@ class _Search:
         for degree in self.degrees:
             self._record(degree, what, best, self.recipe)
         self.recipe = best
-
-    def _with_layer(self, recipe: MergeRecipe, layer: int, part: str, value: str | float) -> MergeRecipe:
-        """A recipe with another value of one part in one layer."""
-        layers = len(self.judge.backbone.layers)
-        values = [getattr(recipe.rule(index), part) for index in range(layers)]
-        values[layer] = value
-        alike = len(set(values)) == 1
-        return _with(recipe, part, value if alike else values)
 
     def find_schedule(self, degree: int, max_evaluations: int, generator: torch.Generator) -> None:
         """Take the best of some decreasing schedules at one degree, and move merges between layers while that helps.
@@ -389,6 +384,15 @@ class _Search:
                 schedules[degree] = tuple(merges)
         return replace(recipe, schedules=schedules)
 
+    def _with_first(self, count: int, match_by: str, attention_penalty: float) -> MergeRecipe:
+        """The recipe with another matching in so many first layers, and an attention penalty in the others."""
+        layers = len(self.judge.backbone.layers)
+        rest = self.recipe.rule(layers - 1)
+        names = [match_by] * count + [rest.match_by] * (layers - count)
+        penalties = [0.0] * count + [attention_penalty] * (layers - count)
+        recipe = replace(self.recipe, match_by=_for_all(names), attention_penalty=_for_all(penalties))
+        return self._fitted(recipe)
+
     def _moved(self, recipe: MergeRecipe, degree: int, source: int, target: int, step: int) -> MergeRecipe | None:
         """A recipe with merges moved from one layer to another; `None` where that costs more than the degree.
 
@@ -448,6 +452,11 @@ def _tried(part: str, values: Sequence[Any]) -> list[Any]:
     if any(isinstance(value, tuple) for value in tried):
         raise ArgumentError(f"{part} to try must be single values, for all layers, got {list(values)!r:.200}.")
     return tried
+
+
+def _for_all(values: list[Any]) -> Any:
+    """One value instead of one for each layer, where all are alike."""
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _with(recipe: MergeRecipe, part: str, value: Any) -> MergeRecipe:
