@@ -15,7 +15,7 @@ from helpers.paths import ROOT
 from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoModelForAudioClassification, AutoModelForImageClassification
 
-from tocom_hf import PluginSet, TocomModel
+from tocom_hf import MergeRecipe, PluginSet, TocomModel
 from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.plugins.cards import checkpoint_card, plugin_set_card
 
@@ -42,6 +42,22 @@ def clone(tmp_path, monkeypatch):
     for name in ("examples", "hub_cards"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
+
+
+def test_a_card_says_a_recipe_in_words(model):
+    recipe = MergeRecipe(["key_mean", "input", "input", "input"], 0.05, {2: [3, 3, 2, 2]}, [0, 0.03, 0.03, 0.03])
+    for content, expected in (
+        (
+            recipe.to_dict(),
+            "match_by key_mean in layer 0, input in layers 1 to 3; size_penalty 0.05; "
+            "attention_penalty 0.0 in layer 0, 0.03 in layers 1 to 3; schedules by degree in tocom_config.json",
+        ),
+        (MergeRecipe("values").to_dict(), "match_by values"),
+        (MergeRecipe().to_dict(), "ToMe's rule"),
+        ({"match_by": "colour"}, "match_by: colour"),
+    ):
+        card = plugin_set_card(make_plugins(model, training={"merge_recipe": content}).config, "us/set")
+        assert f"| merge_recipe | {expected} |" in str(card)
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)

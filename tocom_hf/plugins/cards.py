@@ -12,7 +12,9 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from tocom_hf.errors import ArgumentError, DegreeError
 from tocom_hf.merging.architectures import ARCHITECTURES, supported_parts
+from tocom_hf.merging.recipes import TOME_RECIPE, MergeRecipe
 from tocom_hf.plugins.agreement import AgreementGrid
 from tocom_hf.plugins.config import PluginSetConfig
 
@@ -91,9 +93,43 @@ def plugin_set_card(
         **_agreement(training.get("agreement")),
         figure=figure,
         objective=training.get("objective"),
-        recipe=[(key, value) for key, value in training.items() if key not in _NOT_RECIPE and value is not None],
+        recipe=[(key, value) for key, value in _training(training) if key not in _NOT_RECIPE and value is not None],
         hardware=training.get("hardware"),
     )
+
+
+def _training(training: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    """What was recorded of the training, the merging recipe in few words."""
+    for name, value in training.items():
+        if name != "merge_recipe":
+            yield name, value
+            continue
+        try:
+            yield name, _in_words(MergeRecipe.from_dict(value))
+        except (ArgumentError, DegreeError):  # of somebody else
+            yield name, value
+
+
+def _in_words(recipe: MergeRecipe) -> str:
+    """What a merging recipe says that ToMe's rule does not, without its schedules."""
+    parts = []
+    for name in ("match_by", "size_penalty", "attention_penalty"):
+        value = getattr(recipe, name)
+        if value != getattr(TOME_RECIPE, name):
+            parts.append(f"{name} {_by_layer(value) if isinstance(value, tuple) else value}")
+    if recipe.schedules:
+        parts.append("schedules by degree in tocom_config.json")
+    return "; ".join(parts) or "ToMe's rule"
+
+
+def _by_layer(values: tuple) -> str:
+    parts, first = [], 0
+    for value, group in groupby(values):
+        last = first + len(list(group)) - 1
+        layers = f"layer {first}" if first == last else f"layers {first} to {last}"
+        parts.append(f"{value} in {layers}")
+        first = last + 1
+    return ", ".join(parts)
 
 
 def _middle(min_r: int, max_r: int, trained_degrees: list[int]) -> int:
