@@ -12,7 +12,14 @@ from helpers.concurrency import replicate, run_in_threads
 from helpers.models import describe, schedule_of
 from helpers.timm_models import NAMES, is_timm_installed, make_timm, split_layers
 
-from tocom_hf import UnsupportedInputError, UnsupportedModelError, apply_tome, remove_tome
+from tocom_hf import (
+    ArgumentError,
+    MergeRecipe,
+    UnsupportedInputError,
+    UnsupportedModelError,
+    apply_tome,
+    remove_tome,
+)
 from tocom_hf.cost.flops import Example
 from tocom_hf.merging.backbones import find_backbone
 
@@ -107,6 +114,13 @@ def test_duplicates_merge_without_a_trace(kind):
     dense = logits(model, pixel_values)
     merged = logits(apply_tome(model, [32, 16, 0, 0]), pixel_values)
     torch.testing.assert_close(merged, dense, rtol=1e-4, atol=1e-4)
+
+
+def test_registers_are_no_class_token():
+    recipe = MergeRecipe(attention_penalty=0.1)
+    with pytest.raises(ArgumentError, match="attention of the class token"):
+        apply_tome(make_timm(class_token=False, reg_tokens=3, global_pool="avg"), 4, recipe=recipe)
+    apply_tome(make("registers"), 4, recipe=recipe)
 
 
 @pytest.mark.parametrize("pool", ["avgmax", "max", "prr", ""])

@@ -126,7 +126,7 @@ def test_the_first_layers_get_a_rule_that_suits_them(images, monkeypatch):
     assert recipes[0].attention_penalty == 0
     assert [recipes[1].rule(layer).match_by for layer in range(4)] == ["keys", "keys", "input", "input"]
     assert recipes[1].attention_penalty == (0, 0, 0.05, 0.05)
-    assert found.results[-1].what == "keys in the first 2, attention penalty 0.05 in the other layers"
+    assert found.results[-1].what == "keys in the first 2 layers, attention penalty 0.05 in the others"
 
 
 def test_a_model_without_a_class_token_is_not_asked_what_it_looks_at(images):
@@ -153,6 +153,17 @@ def test_no_degree_up_to_the_largest_costs_more_than_tomes_rule(images, monkeypa
         budget = count_flops(make_model(hf.ViTModel), degree)
         assert count_flops(apply_tome(make_model(hf.ViTModel), 0, recipe=found.recipe), degree) <= budget
         assert sum(found.recipe.schedule(degree, 4)) > 4 * degree
+
+
+def test_a_degree_at_which_all_tokens_merge_ends_the_search(images, monkeypatch):
+    """There no schedule can make up for what comparing more channels costs."""
+
+    class Judge(module._Judge):
+        def distances(self, recipe, degree):
+            return torch.full((6,), 2.0 - (recipe.match_by == "keys_values"), dtype=torch.float64)
+
+    monkeypatch.setattr(module, "_Judge", Judge)
+    find_recipe(make_model(hf.ViTModel), images, [32], max_evaluations=2)
 
 
 @pytest.mark.parametrize("slope", [0.25, 1.0])

@@ -43,6 +43,7 @@ class Architecture:
         layer_arguments: Names of what the backbone hands its layers by position, behind the hidden states.
         passes_kwargs: Whether keyword arguments of the backbone's forward reach its layers.
         protected: Number of class and distillation tokens at the front, which never merge.
+        class_token: Whether the first of these is a class token, where there are any.
         registers: Configuration attribute that counts further tokens behind those, or `None`: registers, or a number of
             class tokens that models choose. They never merge either.
         restore: Whether heads of this family read patch tokens, so that merged tokens must be copied back to the
@@ -85,6 +86,7 @@ class Architecture:
     layer_arguments: tuple[str, ...] = ("attention_mask",)
     passes_kwargs: bool = True
     protected: int = 1
+    class_token: bool = True
     registers: str | None = None
     restore: bool = False
     restores_always: bool = False

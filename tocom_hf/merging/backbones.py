@@ -52,6 +52,11 @@ class Backbone(NamedTuple):
         registers = self.architecture.registers
         return self.architecture.protected + (getattr(self.module.config, registers) if registers else 0)
 
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first token is a class token."""
+        return self.protected > 0 and self.architecture.class_token
+
     def projections(self, target_modules: Iterable[str] | None = None) -> dict[str, nn.Module]:
         """The linear layers that plugins apply to, by their path in the backbone; takes what `projection_paths` takes.
 

@@ -55,8 +55,8 @@ def apply_tome(
             nothing for the others but their keys and values: the same logits, at most a twelfth cheaper for twelve
             layers. `last_hidden_state` holds these tokens only. Off by default; a model that merges already keeps what
             it has.
-        recipe: What tokens are matched by, and how many merge in which layer at a degree. ToMe's rule by default; a
-            model that merges already keeps what it has.
+        recipe: What tokens are matched by, with which penalties, and how many merge in which layer at a degree. ToMe's
+            rule by default; a model that merges already keeps what it has.
         backbone: Which part merges, for models with several that could (`vision_tower`): its path in the model, or a
             part of the path that only one of them has. The others are left alone.
 
@@ -68,7 +68,8 @@ def apply_tome(
         DegreeError: if `r` is not a degree, or another one than that of a `TocomModel`, whose weights belong to it.
         ArgumentError: if `class_tokens_only` contradicts `restore`, or the family has no class token; if `restore`
             is False for a family that must be restored (V-JEPA 2); if several parts could merge and `backbone` does not
-            name one; if the recipe was made for a model with another number of layers.
+            name one; if the recipe was made for a model with another number of layers, or has an `attention_penalty`
+            where there is no class token.
 
     Example:
 
@@ -138,7 +139,7 @@ def set_merging(
             f"class_tokens_only does not fit {type(backbone.model).__name__}, whose head reads patch tokens, nor "
             "restore=True."
         )
-    if recipe.reads_attention and backbone.protected == 0:
+    if recipe.reads_attention and not backbone.has_class_token:
         raise ArgumentError(
             f"The recipe goes by the attention of the class token, and {type(backbone.module).__name__} has none. Use "
             "one without attention_penalty."

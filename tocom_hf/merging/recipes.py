@@ -57,8 +57,9 @@ TOME_RULE = MergeRule("key_mean", 0.0, 0.0)
 class MergeRecipe:
     """How tokens merge. The default is ToMe's rule (arXiv 2210.09461, section 3).
 
-    A recipe changes which tokens merge, not how many: degrees stay a measure of cost. What it says holds for all layers
-    where it is one value, and layer by layer where it is a list with one value for each.
+    A recipe changes which tokens merge; comparing more channels of them than ToMe does costs some FLOPs, which its
+    schedules make up for where `find_recipe` wrote them. What it says holds for all layers where it is one value, and
+    layer by layer where it is a list with one value for each.
 
     Example:
 
@@ -82,8 +83,9 @@ class MergeRecipe:
         schedules: How many tokens each layer merges at a degree, by degree; other degrees merge the same in every
             layer. What a schedule costs should be what its degree costs: `find_recipe` sees to that.
         attention_penalty: What is taken off the similarity of two tokens for each unit of the natural logarithms of the
-            attention that the class token pays to them, averaged over heads. What the class token looks at merges less
-            readily, as where token fusion goes by informativeness (MCTF, arXiv 2403.10030, section 3.2).
+            attention that the first class token pays to each, of the mean over heads. What it looks at merges less
+            readily. With proportional attention large groups are looked at more. Token fusion by informativeness does
+            the like with the attention of all tokens (MCTF, arXiv 2403.10030, section 3.2).
 
     Raises:
         ArgumentError: if a value is not one of these, or lists are not of the same number of layers.
@@ -118,6 +120,11 @@ class MergeRecipe:
         object.__setattr__(self, "schedules", schedules)
         if len({len(values) for values in self._lists()}) > 1:
             raise ArgumentError("All lists of a recipe must have one entry for each layer of the same model.")
+        # recipes that do the same are equal
+        for name in ("match_by", "size_penalty", "attention_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(set(value)) == 1:
+                object.__setattr__(self, name, value[0])
 
     def rule(self, layer: int) -> MergeRule:
         """How the tokens of a layer are chosen.
@@ -167,9 +174,6 @@ class MergeRecipe:
         for name in ("match_by", "size_penalty", "attention_penalty"):
             if isinstance(content[name], tuple):
                 content[name] = list(content[name])
-        if not self.reads_attention:
-            # which earlier versions do not know
-            del content["attention_penalty"]
         content["schedules"] = {str(degree): list(schedule) for degree, schedule in self.schedules.items()}
         return content
 
@@ -240,9 +244,13 @@ def matching_metric(match_by: str, hidden_states: torch.Tensor, key: torch.Tenso
         return value.detach().flatten(2)
     if match_by == "input":
         return hidden_states.detach()
-    parts = (key.flatten(2), value.flatten(2)) if match_by == "keys_values" else (hidden_states, key.mean(dim=2))
+    key = key.detach()
+    if match_by == "keys_values":
+        parts = [key.flatten(2), value.detach().flatten(2)]
+    else:
+        parts = [hidden_states.detach(), key.mean(dim=2)]
     # the cosine of unit vectors one behind the other is the mean of their cosines
-    return torch.cat([F.normalize(part.detach().float(), dim=-1) for part in parts], dim=-1)
+    return torch.cat([F.normalize(part.float(), dim=-1) for part in parts], dim=-1)
 
 
 @torch.no_grad()

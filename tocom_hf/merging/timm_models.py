@@ -87,7 +87,12 @@ class TimmReader:
         """
         model: Any = module.timm_model
         _require_plain(module, model)
-        return replace(row, protected=model.num_prefix_tokens, restore=model.global_pool != "token")
+        return replace(
+            row,
+            protected=model.num_prefix_tokens,
+            class_token=model.cls_token is not None,
+            restore=model.global_pool != "token",
+        )
 
     def dimensions(self, module: PreTrainedModel) -> Dimensions:
         """What transformers' configurations have of other models."""

@@ -166,7 +166,7 @@ def find_recipe(
         raise DatasetError(f"At least four images are needed to choose a recipe and to check it, got {count}.")
 
     backbone = find_backbone(model)
-    if backbone.protected == 0:
+    if not backbone.has_class_token:
         looks = []
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     halves = [Subset(images, order[::2]), Subset(images, order[1::2])]
@@ -233,8 +233,8 @@ class _Judge:
         layers = len(self.backbone.layers)
         if self.flop_model is None:
             tokens = self.example.count_at(0).tokens[0]
-            protected = self.backbone.protected
-            self.flop_model = FlopModel(self._count, MATCH_BY, protected > 0, tokens, protected, layers)
+            reads_attention = self.backbone.has_class_token
+            self.flop_model = FlopModel(self._count, MATCH_BY, reads_attention, tokens, self.backbone.protected, layers)
         return self.flop_model(recipe, recipe.schedule(degree, layers))
 
     def _count(self, recipe: MergeRecipe, schedule: Sequence[int]) -> int:
@@ -299,8 +299,9 @@ class _Search:
         count, name = max(found, key=lambda key: self._closed(self.judge, found[key]))
         others = [self._with_first(count, name, penalty) for penalty in attention_penalties]
         best = max([found[count, name], *others], key=lambda recipe: self._closed(self.judge, recipe))
-        penalty = best.rule(layers - 1).attention_penalty
-        what = f"{name} in the first {count}, attention penalty {penalty} in the other layers"
+        what = f"{name} in the first {count} layers"
+        if best.reads_attention:
+            what += f", attention penalty {best.rule(layers - 1).attention_penalty} in the others"
         self._take(what, best, otherwise="first layers: no rule of their own is better")
 
     def fit_other_degrees(self) -> None:
@@ -310,7 +311,7 @@ class _Search:
         self.recipe = replace(self.recipe, schedules={**self.recipe.schedules, **fitted.schedules})
 
     def _take(self, what: str, best: MergeRecipe, otherwise: str) -> None:
-        """Take a recipe where it helps on either half of the images, and say so; else say `otherwise`."""
+        """Take a recipe where it helps on both halves of the images, and say so; else say `otherwise`."""
         closed, checked = self._closed(self.judge, best), self._closed(self.held_out, best)
         if best == self.recipe or closed <= 0 or checked <= 0:
             self.report(otherwise)
@@ -377,7 +378,10 @@ class _Search:
         for degree in self.degrees if degrees is None else degrees:
             merges = [degree] * layers
             layer = 0
-            while not self._fits(replace(recipe, schedules={degree: tuple(merges)}), degree):
+            # at a degree at which every layer merges all that it can, nothing is left to merge more
+            while layer < 2 * degree * layers and not self._fits(
+                replace(recipe, schedules={degree: tuple(merges)}), degree
+            ):
                 merges[layer % layers] += 1
                 layer += 1
             if layer > 0:
@@ -390,8 +394,7 @@ class _Search:
         rest = self.recipe.rule(layers - 1)
         names = [match_by] * count + [rest.match_by] * (layers - count)
         penalties = [0.0] * count + [attention_penalty] * (layers - count)
-        recipe = replace(self.recipe, match_by=_for_all(names), attention_penalty=_for_all(penalties))
-        return self._fitted(recipe)
+        return self._fitted(replace(self.recipe, match_by=names, attention_penalty=penalties))
 
     def _moved(self, recipe: MergeRecipe, degree: int, source: int, target: int, step: int) -> MergeRecipe | None:
         """A recipe with merges moved from one layer to another; `None` where that costs more than the degree.
@@ -452,11 +455,6 @@ def _tried(part: str, values: Sequence[Any]) -> list[Any]:
     if any(isinstance(value, tuple) for value in tried):
         raise ArgumentError(f"{part} to try must be single values, for all layers, got {list(values)!r:.200}.")
     return tried
-
-
-def _for_all(values: list[Any]) -> Any:
-    """One value instead of one for each layer, where all are alike."""
-    return values[0] if len(set(values)) == 1 else values
 
 
 def _with(recipe: MergeRecipe, part: str, value: Any) -> MergeRecipe:
