@@ -108,7 +108,7 @@ def test_flops_of_any_recipe_and_schedule_follow_from_a_few():
 def test_the_first_layers_get_a_rule_that_suits_them(images, monkeypatch):
     """Here the first two are better by keys, the others by their input and what the class token looks at."""
 
-    class Judge(module._Judge):
+    class Judge(module.Judge):
         def distances(self, recipe, degree):
             value = 4.0
             for layer in range(4):
@@ -117,7 +117,7 @@ def test_the_first_layers_get_a_rule_that_suits_them(images, monkeypatch):
                 value += 0.5 * (rule.attention_penalty > 0) if layer < 2 else 0.1 * (rule.attention_penalty != 0.05)
             return torch.full((6,), value, dtype=torch.float64)
 
-    monkeypatch.setattr(module, "_Judge", Judge)
+    monkeypatch.setattr(module, "Judge", Judge)
     recipes = []
     for count in (0, 4):
         found = find_recipe(make_model(hf.ViTModel), images, [4, 8], first_layers=count, max_evaluations=0)
@@ -141,11 +141,11 @@ def test_a_model_without_a_class_token_is_not_asked_what_it_looks_at(images):
 def test_no_degree_up_to_the_largest_costs_more_than_tomes_rule(images, monkeypatch):
     """Comparing more channels costs more, so that more tokens have to merge."""
 
-    class Judge(module._Judge):
+    class Judge(module.Judge):
         def distances(self, recipe, degree):
             return torch.full((6,), 2.0 - (recipe.match_by == "keys_values"), dtype=torch.float64)
 
-    monkeypatch.setattr(module, "_Judge", Judge)
+    monkeypatch.setattr(module, "Judge", Judge)
     arguments = {"match_by": ["keys_values"], "size_penalties": [], "attention_penalties": [], "max_evaluations": 0}
     found = find_recipe(make_model(hf.ViTModel), images, [8], **arguments)
     assert found.recipe.match_by == "keys_values"
@@ -158,12 +158,13 @@ def test_no_degree_up_to_the_largest_costs_more_than_tomes_rule(images, monkeypa
 def test_a_degree_at_which_all_tokens_merge_ends_the_search(images, monkeypatch):
     """There no schedule can make up for what comparing more channels costs."""
 
-    class Judge(module._Judge):
+    class Judge(module.Judge):
         def distances(self, recipe, degree):
             return torch.full((6,), 2.0 - (recipe.match_by == "keys_values"), dtype=torch.float64)
 
-    monkeypatch.setattr(module, "_Judge", Judge)
-    find_recipe(make_model(hf.ViTModel), images, [32], max_evaluations=2)
+    monkeypatch.setattr(module, "Judge", Judge)
+    found = find_recipe(make_model(hf.ViTModel), images, [32], max_evaluations=2)
+    assert found.recipe == TOME_RECIPE
 
 
 @pytest.mark.parametrize("slope", [0.25, 1.0])
@@ -171,12 +172,12 @@ def test_decreasing_schedules_take_all_of_the_flops_of_their_degree(images, monk
     """The only candidate here, so that every recipe that is looked at is one."""
     seen = []
 
-    class Judge(module._Judge):
+    class Judge(module.Judge):
         def distances(self, recipe, degree):
             seen.append(recipe)
             return torch.zeros(6, dtype=torch.float64)
 
-    monkeypatch.setattr(module, "_Judge", Judge)
+    monkeypatch.setattr(module, "Judge", Judge)
     monkeypatch.setattr(module, "_SLOPES", (slope,))
     nothing = {"match_by": [], "size_penalties": [], "attention_penalties": []}
     find_recipe(make_model(hf.ViTModel), images, [8], max_evaluations=1, **nothing)

@@ -2,25 +2,23 @@
 """`find_recipe`: which tokens to merge, and in which layers, so that features stay what they are without merging."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel
 
-from tocom_hf.cost.flops import Example
 from tocom_hf.devices import evaluation_mode
 from tocom_hf.distillation.objectives import WhitenedFeatures
 from tocom_hf.errors import ArgumentError, DatasetError
-from tocom_hf.merging.backbones import Backbone, find_backbone
-from tocom_hf.merging.patching import merging_at
+from tocom_hf.merging.backbones import find_backbone
 from tocom_hf.merging.recipes import MATCH_BY, TOME_RECIPE, MergeRecipe
 from tocom_hf.merging.schedule import require_degree
 from tocom_hf.plugins.config import BackboneFacts
-from tocom_hf.search.flop_model import FlopModel
+from tocom_hf.search.judge import Judge
 from tocom_hf.search.progress import Progress
 
 
@@ -174,7 +172,7 @@ def find_recipe(
     facts = {"model": BackboneFacts.of(backbone).sketch, "images": count, "spread_images": more, "seed": seed}
     with evaluation_mode(model), torch.no_grad():
         searching, held_out = (
-            _Judge(backbone, half, batch_size, Progress(_of_half(progress, index), facts))
+            Judge(backbone, half, batch_size, Progress(_of_half(progress, index), facts))
             for index, half in enumerate(halves)
         )
         features = [*searching.references, *held_out.references]
@@ -193,78 +191,10 @@ def find_recipe(
     return FoundRecipe(search.recipe, sorted(search.results, key=lambda row: row.degree))
 
 
-class _Judge:
-    """The distance to r = 0 on some images, measured once for each recipe."""
-
-    def __init__(self, backbone: Backbone, images: Dataset, batch_size: int, progress: Progress):
-        self.backbone = backbone
-        self.progress = progress
-        self.objective = WhitenedFeatures()
-        self.flop_model: FlopModel | None = None
-        self.batch_size = batch_size
-        self.batches = list(self._load(images))
-        # others than images are only taken at the size that the configuration names
-        takes_any_size = backbone.architecture.inputs == "images"
-        height, width = self.batches[0].shape[-2:]
-        self.example = Example.of(backbone, (height, width) if takes_any_size else None, 1)
-        with merging_at(backbone, 0):
-            self.references = [self.objective.outputs(backbone, batch) for batch in self.batches]
-
-    def features(self, images: Dataset) -> list[torch.Tensor]:
-        """Those without merging, of other images."""
-        with merging_at(self.backbone, 0):
-            return [self.objective.outputs(self.backbone, batch) for batch in self._load(images)]
-
-    def distances(self, recipe: MergeRecipe, degree: int) -> torch.Tensor:
-        """That of each image: float64 `(images,)`."""
-        schedule = recipe.schedule(degree, len(self.backbone.layers))
-        values = [_as_text(value) for value in (recipe.match_by, recipe.size_penalty, schedule)]
-        if recipe.reads_attention:
-            values.append(_as_text(recipe.attention_penalty))
-        measured = self.progress.measured(" ".join(values), lambda: self._measure(recipe, degree))
-        return torch.tensor(measured, dtype=torch.float64)
-
-    def flops(self, recipe: MergeRecipe, degree: int) -> int:
-        """The floating-point operations for one image, counted."""
-        return self._count(recipe, recipe.schedule(degree, len(self.backbone.layers)))
-
-    def predicted_flops(self, recipe: MergeRecipe, degree: int) -> float:
-        """The same from a few counts, for those who ask often."""
-        layers = len(self.backbone.layers)
-        if self.flop_model is None:
-            tokens = self.example.count_at(0).tokens[0]
-            reads_attention = self.backbone.has_class_token
-            self.flop_model = FlopModel(self._count, MATCH_BY, reads_attention, tokens, self.backbone.protected, layers)
-        return self.flop_model(recipe, recipe.schedule(degree, layers))
-
-    def _count(self, recipe: MergeRecipe, schedule: Sequence[int]) -> int:
-        def count() -> int:
-            with merging_at(self.backbone, 0, recipe=recipe):
-                return self.example.count_at(list(schedule)).flops
-
-        name = f"FLOPs {_as_text(recipe.match_by)} {_as_text(schedule)}"
-        if recipe.reads_attention:
-            name += f" {_as_text(recipe.attention_penalty)}"
-        return self.progress.measured(name, count)
-
-    def _load(self, images: Dataset) -> Iterator[torch.Tensor]:
-        parameter = next(self.backbone.module.parameters())
-        for batch in DataLoader(images, batch_size=self.batch_size):
-            yield batch["pixel_values"].to(parameter.device, parameter.dtype)
-
-    def _measure(self, recipe: MergeRecipe, degree: int) -> list[float]:
-        found: list[Any] = []
-        with merging_at(self.backbone, degree, recipe=recipe):
-            for batch, reference in zip(self.batches, self.references, strict=True):
-                student = self.objective.outputs(self.backbone, batch)
-                found.append(self.objective.distances(reference, student))
-        return torch.cat(found).double().tolist()
-
-
 class _Search:
     """The recipe that is the best so far, and how it came to be."""
 
-    def __init__(self, judge: _Judge, held_out: _Judge, degrees: list[int], report: Callable[[str], None]):
+    def __init__(self, judge: Judge, held_out: Judge, degrees: list[int], report: Callable[[str], None]):
         self.judge = judge
         self.held_out = held_out
         self.degrees = degrees
@@ -311,9 +241,13 @@ class _Search:
         self.recipe = replace(self.recipe, schedules={**self.recipe.schedules, **fitted.schedules})
 
     def _take(self, what: str, best: MergeRecipe, otherwise: str) -> None:
-        """Take a recipe where it helps on both halves of the images, and say so; else say `otherwise`."""
+        """Take a recipe where it helps on both halves of the images, and say so; else say `otherwise`.
+
+        One that costs more than ToMe's rule is not taken: where all tokens merge, no schedule makes up for that.
+        """
         closed, checked = self._closed(self.judge, best), self._closed(self.held_out, best)
-        if best == self.recipe or closed <= 0 or checked <= 0:
+        fits = all(self._fits(best, degree) for degree in self.degrees)
+        if best == self.recipe or closed <= 0 or checked <= 0 or not fits:
             self.report(otherwise)
             return
         self.report(f"{what}: closes {100 * closed:.0f} % of the distance, {100 * checked:.0f} % on held-out images")
@@ -421,7 +355,7 @@ class _Search:
         """Whether a recipe costs no more than ToMe's rule at a degree, to the rounding of the prediction."""
         return self.judge.predicted_flops(recipe, degree) <= self.budgets[degree] * (1 + 1e-9)
 
-    def _closed(self, judge: _Judge, recipe: MergeRecipe) -> float:
+    def _closed(self, judge: Judge, recipe: MergeRecipe) -> float:
         """The share of the distance to r = 0 that a recipe closes of what is left so far, all degrees alike."""
         ratios = []
         for degree in self.degrees:
@@ -461,11 +395,6 @@ def _with(recipe: MergeRecipe, part: str, value: Any) -> MergeRecipe:
     """A recipe with another value of one part."""
     changes: dict[str, Any] = {part: value}
     return replace(recipe, **changes)
-
-
-def _as_text(value: Any) -> str:
-    """A part of a recipe, in the name of a measurement."""
-    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def _standard_error(values: torch.Tensor) -> float:
