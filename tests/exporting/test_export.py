@@ -12,7 +12,16 @@ from helpers.exports import copy_of, logits_at, make_images, make_tocom_model
 from helpers.families import FAMILIES
 from helpers.models import describe, make_model, make_plugins
 
-from tocom_hf import ArgumentError, DegreeError, ExportedTocom, TocomModel, UnsupportedModelError, apply_tome, export
+from tocom_hf import (
+    ArgumentError,
+    DegreeError,
+    ExportedTocom,
+    MergeRecipe,
+    TocomModel,
+    UnsupportedModelError,
+    apply_tome,
+    export,
+)
 from tocom_hf.exporting import verification
 
 
@@ -260,6 +269,21 @@ def test_openvino_graphs_give_what_the_model_gives(tmp_path):
     pytest.importorskip("onnxscript", reason="needs the extra onnx")
     model = make_tocom_model(layers=1)
     require_same(export(model, tmp_path / "out", format="openvino", degrees=[4]), model)
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino", "torch"])
+def test_a_set_with_a_recipe(format, tmp_path):
+    """The second layer reads the class token's attention, and merges what has a size already."""
+    if format != "torch":
+        pytest.importorskip("onnxscript", reason="needs the extra onnx")
+    if format == "openvino":
+        pytest.importorskip("openvino", reason="needs the extra openvino")
+    recipe = MergeRecipe(["keys_values", "input_key_mean"], 0.1, {6: [8, 5]}, attention_penalty=[0.0, 0.2])
+    model = make_tocom_model(merging={"proportional_attention": True, "recipe": recipe.to_dict()})
+    images = make_images()
+    assert np.abs(logits_at(model, 6, images) - logits_at(make_tocom_model(), 6, images)).max() > 0.1
+    folder = export(model, tmp_path / "out", format=format, degrees=[6])
+    require_same(folder, model, 1e-6 if format == "torch" else 1e-4)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from helpers.models import make_model, make_plugins
 from tocom_hf import TocomModel
 
 
-def make_tocom_model(source_r=2, target_r=None, layers=2, **settings):
+def make_tocom_model(source_r=2, target_r=None, layers=2, merging=None, **settings):
     """A model with plugins on query and value. Of two layers one has no token sizes yet, and one has them."""
     model = make_model(num_hidden_layers=layers, **settings)
-    plugins = make_plugins(model)
+    plugins = make_plugins(model, **({} if merging is None else {"merging": merging}))
     return TocomModel.from_pretrained(model, plugins=plugins, source_r=source_r, target_r=target_r)
 
 
