@@ -262,6 +262,12 @@ def test_a_merging_model_is_refused():
         distill(apply_tome(make_model(), 2), Noise(), DistillationArguments(**ARGUMENTS))
 
 
+def test_weights_in_float16_are_refused():
+    """transformers loads a checkpoint in the precision that it was saved in."""
+    with pytest.raises(ArgumentError, match=r"Load it with dtype=torch\.float32"):
+        distill(make_model().half(), Noise(), DistillationArguments(**ARGUMENTS))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_models_of_other_dtypes_can_be_distilled(dtype):
     class Images(Noise):

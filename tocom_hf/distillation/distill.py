@@ -80,7 +80,7 @@ def distill(
         DegreeError: if `args.source_r` is not the degree that the model records.
         DatasetError: if the data set has fewer images than one step needs, or an image that cannot be read, where
             `args.skip_damaged` is not set. Then a checkpoint is written first, if there is an `output_dir`.
-        ArgumentError: if arguments contradict each other, the data set, or `init_plugins`.
+        ArgumentError: if arguments contradict each other, the data set, or `init_plugins`; if weights are float16.
         PluginFileError: if a plugin of `init_plugins` cannot be read.
         CheckpointError: if the run cannot go on from its checkpoints.
         DistillationError: if the loss stays infinite or NaN.
@@ -109,6 +109,7 @@ def distill(
             "The model merges tokens already. Distil it as transformers loads it: after apply_tome call "
             "remove_tome(model); instead of TocomModel load the checkpoint with its transformers class."
         )
+    _check_dtype(model)
     _check_source_r(model, args.source_r)
     _check_channels(dataset, model)
     target_modules = None if args.target_modules is None else backbone.find_target_modules(args.target_modules)
@@ -243,6 +244,15 @@ def _check_channels(dataset: Any, model: PreTrainedModel) -> None:
         raise ArgumentError(
             f"The images have {views} channel(s), but the model takes {taken}. Make them with "
             f"TrainingImages(..., num_channels={taken}) and an image processor whose image_mean has {taken} value(s)."
+        )
+
+
+def _check_dtype(model: PreTrainedModel) -> None:
+    """Refuse weights in float16: without loss scaling small gradients vanish, which only a worse set would tell."""
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise ArgumentError(
+            "The model's weights are float16, in which small gradients vanish. Load it with dtype=torch.float32, and "
+            "for speed set mixed_precision of the Accelerator."
         )
 
 
