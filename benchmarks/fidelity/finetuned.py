@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from heads import TOME, Task, make_row, table
+from heads import PLUGINS_HELP, TOME, Task, load_sets, make_row, table
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from tocom_hf import MergeRecipe, PluginSet, TocomModel, apply_tome
@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--degrees", type=int, nargs="+", default=[8, 12, 16, 20])
     parser.add_argument("--trained_at", type=int, default=20, help="Degree of the checkpoints that merge.")
     parser.add_argument("--recipe", help="JSON file of `tocom find-recipe`, to be measured without plugins.")
-    parser.add_argument("--plugins", nargs="+", default=[], metavar="NAME=FOLDER", help="Plugin sets and their names.")
+    parser.add_argument("--plugins", nargs="+", default=[], metavar="NAME=FOLDER", help=PLUGINS_HELP)
     parser.add_argument("--test_images", type=int, default=500)
     parser.add_argument("--work_dir", type=Path, required=True, help="Where logits are kept.")
     parser.add_argument("--output", type=Path, help="Tables, without the ending; default: WORK_DIR/finetuned.")
@@ -119,14 +119,14 @@ def measure(
 
 def main() -> None:
     args = parse_args()
-    sets = {name: PluginSet.from_pretrained(path) for name, _, path in (entry.partition("=") for entry in args.plugins)}
+    sets = {name: load_sets(args.plugins, name) for name in args.tasks}
     recipe = None if args.recipe is None else read_recipe(args.recipe)
     output = args.output or args.work_dir / "finetuned"
     output.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
     for name in args.tasks:
         task = Task(args.root / "data" / name, str(args.root / "base"), args.work_dir, args.test_images)
-        rows += measure(task, args.root / "checkpoints" / name, recipe, sets, args)
+        rows += measure(task, args.root / "checkpoints" / name, recipe, sets[name], args)
         output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         output.with_suffix(".md").write_text(table(rows, DIVERGENCE) + "\n", encoding="utf-8")
     print(table(rows, DIVERGENCE))

@@ -37,6 +37,7 @@ BATCH_SIZE = 25
 TOME = "ToMe"
 COLUMNS = ("task", "change of r", "what", "accuracy, %", "over ToMe, points", "of the loss won back")
 COSINE = {"cosine": "cosine to r = 0"}
+PLUGINS_HELP = "Plugin sets and their names; {task} in a folder stands for the task, where each has a set of its own."
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--trained_at", type=int, nargs="*", default=[20], help="Degrees to fit heads at, too.")
     parser.add_argument("--reverse", type=int, nargs="*", default=[20], help="Degrees to run from without merging.")
     parser.add_argument("--recipe", help="JSON file of `tocom find-recipe`, to be measured without plugins.")
-    parser.add_argument("--plugins", nargs="+", default=[], metavar="NAME=FOLDER", help="Plugin sets and their names.")
+    parser.add_argument("--plugins", nargs="+", default=[], metavar="NAME=FOLDER", help=PLUGINS_HELP)
     parser.add_argument(
         "--scales", type=float, nargs="+", default=[], help="Other scales of the plugins than their own."
     )
@@ -116,12 +117,12 @@ class Task:
 class Variants:
     """The backbone as it merges with a recipe and a plugin set. One is prepared at a time."""
 
-    def __init__(self, name_or_path: str, recipe: MergeRecipe | None, sets: dict[str, PluginSet]):
+    def __init__(self, name_or_path: str, recipe: MergeRecipe | None):
         self.name_or_path = name_or_path
         self.recipes: dict[str, MergeRecipe | None] = {TOME: None}
         if recipe is not None:
             self.recipes["recipe"] = recipe
-        self.sets = sets
+        self.sets: dict[str, PluginSet] = {}
         self.plain = AutoModel.from_pretrained(name_or_path, dtype=torch.float32).eval()
         self.composed: dict[str, TocomModel] = {}
 
@@ -254,15 +255,21 @@ def table(rows: list[dict], nearness: dict[str, str] = COSINE) -> str:
     return "\n".join(lines)
 
 
+def load_sets(entries: list[str], task: str) -> dict[str, PluginSet]:
+    """The plugin sets of `--plugins` for a task, by name."""
+    named = (entry.partition("=") for entry in entries)
+    return {name: PluginSet.from_pretrained(folder.replace("{task}", task)) for name, _, folder in named}
+
+
 def _percent(row: dict, name: str, sign: str) -> str:
     return f"{100 * row[name]:{sign}.1f} ± {100 * row[f'{name}_se']:.1f}"
 
 
 def main() -> None:
     args = parse_args()
-    sets = {name: PluginSet.from_pretrained(path) for name, _, path in (entry.partition("=") for entry in args.plugins)}
     recipe = None if args.recipe is None else read_recipe(args.recipe)
-    variants = Variants(args.model, recipe, sets)
+    sets = {name: load_sets(args.plugins, name) for name in args.tasks}
+    variants = Variants(args.model, recipe)
     rows: list[dict] = []
     output = args.output or args.work_dir / "heads"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -270,6 +277,7 @@ def main() -> None:
         folder = args.data / name
         if not (folder / "test.parquet").exists():
             write_task(name, folder, SPLITS, IMAGE_SIZE, seed, STYLES["cluttered"])
+        variants.sets = sets[name]
         rows += measure(Task(folder, args.model, args.work_dir, args.test_images), variants, args)
         output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         output.with_suffix(".md").write_text(table(rows) + "\n", encoding="utf-8")
