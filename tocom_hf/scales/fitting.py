@@ -13,13 +13,14 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from tocom_hf.devices import describe_device, evaluation_mode
 from tocom_hf.distillation.objectives import Objective, find_objective
-from tocom_hf.errors import ArgumentError, DatasetError, DistillationError
+from tocom_hf.errors import ArgumentError, DatasetError, DistillationError, UnsupportedModelError
 from tocom_hf.merging.backbones import Backbone, find_backbone
 from tocom_hf.merging.patching import merging_at
 from tocom_hf.model.tocom_model import TocomModel
 from tocom_hf.plugins.composition import Adapter, Factors, chain, require_in_range
 from tocom_hf.plugins.config import BackboneFacts
 from tocom_hf.plugins.plugin_set import PluginSet
+from tocom_hf.scales.composed_weights import ComposedWeight, FactorGradients
 
 
 def fit_scales(
@@ -64,6 +65,7 @@ def fit_scales(
         ArgumentError: if the model has no plugins, no degree differs from its `source_r`, or a number is out of range.
         PluginFileError: if a plugin cannot be read.
         DistillationError: if the loss becomes infinite or NaN.
+        UnsupportedModelError: if the model uses a weight that plugins change in another way than a linear layer does.
 
     Example:
 
@@ -205,8 +207,15 @@ class _Student(nn.Module):
 
     def loss(self, pixel_values: torch.Tensor, teacher: torch.Tensor, target_r: int) -> torch.Tensor:
         """How far the student at `target_r` is from the model at its source degree (ToCom, eq. 6)."""
-        with merging_at(self.backbone, target_r):
-            student = functional_call(self, self._composed(target_r), (pixel_values,))
+        composed = self._composed(target_r)
+        weights = {name: layer.weight for name, layer in composed.items()}
+        with merging_at(self.backbone, target_r), FactorGradients(composed) as gradients:
+            student = functional_call(self, weights, (pixel_values,))
+        if gradients.unused:
+            raise UnsupportedModelError(
+                f"Scales cannot be fitted to a model that does not use {min(gradients.unused)} as the weight of a "
+                "linear layer. Pick one scale for all instead, with pick_scale."
+            )
         return self.objective.loss(teacher, student)
 
     def adapters(self, originals: list[Adapter]) -> list[Adapter]:
@@ -220,16 +229,18 @@ class _Student(nn.Module):
             adapters.append(adapter)
         return adapters
 
-    def _composed(self, target_r: int) -> dict[str, torch.Tensor]:
+    def _composed(self, target_r: int) -> dict[str, ComposedWeight]:
+        """The weights that differ at a degree from those at the source degree, by name."""
         indices, sign = chain(self.model.source_r, target_r)
         plugins = slice(indices.start - self.min_r, indices.stop - self.min_r)
         columns = slice(plugins.start * self.rank, plugins.stop * self.rank)
-        weights = {}
-        for row, (name, (weight, (lora_A, lora_B))) in enumerate(self.stacked.items()):
-            factors = self.factors[row, plugins].repeat_interleave(self.rank)
-            change = (lora_B[:, columns] * factors) @ lora_A[columns]
-            weights[name] = torch.add(weight, change, alpha=sign * self.scale).to(weight.dtype)
-        return weights
+        # sign and scale go with the factors, so that what is summed up is (lora_B * factors) @ lora_A
+        signed = self.factors[:, plugins] * (sign * self.scale)  # (layers, plugins)
+        by_column = signed.repeat_interleave(self.rank, dim=1)  # (layers, plugins * rank)
+        return {
+            name: ComposedWeight.of(weight, lora_A[columns], lora_B[:, columns], by_column[row])
+            for row, (name, (weight, (lora_A, lora_B))) in enumerate(self.stacked.items())
+        }
 
 
 class _Numbered(Dataset):
