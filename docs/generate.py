@@ -552,6 +552,12 @@ def means_at_224() -> str:
     return table(header, rows)
 
 
+def own_set() -> str:
+    """What `own_set.py` wrote."""
+    rows = read_table(ROOT / "benchmarks" / "own_set.md", "r")
+    return table(list(rows[0]), [list(row.values()) for row in rows])
+
+
 # -- cost ---------------------------------------------------------------------------------------------------------
 
 
@@ -740,6 +746,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "study-c": heads_at_224,
     "study-c-fine-tuned": fine_tuned_at_224,
     "study-c-means": means_at_224,
+    "own-set": own_set,
     "speed": speed,
     "memory": memory,
     "service": service,
