@@ -302,7 +302,10 @@ def test_usage_runs(clone):
 
 
 def test_recipes_run(clone):
-    assert get_settings(find_backbone(run("recipes")["model"])).recipe.match_by == "input"
+    found = run("recipes")
+    settings = get_settings(find_backbone(found["model"]))
+    assert settings.recipe == found["recipe"]
+    assert settings.schedule == found["recipe"].schedules[8]
 
 
 def test_scales_run(clone):
