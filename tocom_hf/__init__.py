@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from tocom_hf.plugins.plugin_set import PluginSet, save_composite
     from tocom_hf.scales.choice import pick_scale
     from tocom_hf.scales.fitting import fit_scales
-    from tocom_hf.search.find_recipe import FoundRecipe, find_recipe
+    from tocom_hf.search.find_recipe import find_recipe
+    from tocom_hf.search.results import FoundRecipe
     from tocom_hf.visualization import paint_groups, tile
 
 
@@ -110,7 +111,7 @@ _MODULES = {
     "DegreeResult": "evaluation.degrees",
     "DistillationArguments": "distillation.arguments",
     "ExportedTocom": "deployed.exported",
-    "FoundRecipe": "search.find_recipe",
+    "FoundRecipe": "search.results",
     "MergeRecipe": "merging.recipes",
     "PluginSet": "plugins.plugin_set",
     "TocomModel": "model.tocom_model",

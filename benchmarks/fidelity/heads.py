@@ -124,7 +124,6 @@ class Variants:
             self.recipes["recipe"] = recipe
         self.sets: dict[str, PluginSet] = {}
         self.plain = AutoModel.from_pretrained(name_or_path, dtype=torch.float32).eval()
-        self.composed: dict[str, TocomModel] = {}
 
     def merging(self, name: str, degree: int) -> Callable[[], PreTrainedModel]:
         """The backbone as it is, merging at a degree by one of the recipes."""

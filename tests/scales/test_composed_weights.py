@@ -41,6 +41,14 @@ def test_gradients_are_those_through_the_composed_weight(parts, with_bias, keywo
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_weight_whose_factors_are_zero_is_the_frozen_one(parts, dtype):
+    """In whatever precision the model has, and the plugins not."""
+    frozen, lora_A, lora_B, factors = parts
+    composed = ComposedWeight.of(frozen.to(dtype), lora_A.float(), lora_B.float(), 0 * factors.float())
+    assert torch.equal(composed.weight, frozen.to(dtype))
+
+
 def test_other_layers_are_left_alone(parts):
     frozen, lora_A, lora_B, factors = parts
     composed = ComposedWeight.of(frozen, lora_A, lora_B, factors.requires_grad_())

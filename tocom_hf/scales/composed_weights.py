@@ -27,8 +27,8 @@ class ComposedWeight(NamedTuple):
     @classmethod
     @torch.no_grad()
     def of(cls, frozen: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, factors: torch.Tensor) -> Self:
-        """Compose a weight in float32, and round it once to the dtype of the frozen one."""
-        weight = torch.addmm(frozen.to(lora_B.dtype), lora_B * factors, lora_A).to(frozen.dtype)
+        """Compose a weight, and round it once to the dtype of the frozen one."""
+        weight = torch.add(frozen, (lora_B * factors) @ lora_A).to(frozen.dtype)
         return cls(weight, lora_A, lora_B, factors)
 
 

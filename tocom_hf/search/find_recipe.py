@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,70 +20,12 @@ from tocom_hf.merging.schedule import require_degree
 from tocom_hf.plugins.config import BackboneFacts
 from tocom_hf.search.judge import Judge
 from tocom_hf.search.progress import Progress
+from tocom_hf.search.results import FoundRecipe, RecipeResult
 
 
 TOME = "ToMe"
 _SLOPES = (0.25, 0.5, 0.75, 1.0)  # of decreasing schedules
 _STEPS = (1, 2, 4, 8)  # merges that a step of the search moves from one layer to another
-
-
-@dataclass(frozen=True)
-class RecipeResult:
-    """How well a model that merges by a recipe agrees with itself without merging.
-
-    Attributes:
-        degree: The degree.
-        what: Which part of the recipe was added last: `ToMe`, the matching, a penalty, the rule of the first layers, or
-            the schedule.
-        recipe: The recipe.
-        distance: How far features are from those of r = 0, on the images that the search went by: the mean of
-            `WhitenedFeatures`, which is 0 where nothing changed and 1 for an image whose features are the mean of all.
-        held_out: The same on the other half of the images.
-        held_out_error: Standard error of the difference to the row before, on the other half.
-        gflops: Floating-point operations for one image, in units of 10^9.
-    """
-
-    degree: int
-    what: str
-    recipe: MergeRecipe
-    distance: float
-    held_out: float
-    held_out_error: float
-    gflops: float
-
-
-@dataclass(frozen=True)
-class FoundRecipe:
-    """What `find_recipe` found.
-
-    Example:
-
-    ```python
-    >>> from tocom_hf import FoundRecipe, MergeRecipe
-    >>> FoundRecipe(MergeRecipe(match_by="input"), results=[]).recipe.match_by
-    'input'
-
-    ```
-
-    Attributes:
-        recipe: The recipe.
-        results: What each of its parts gave, degree by degree.
-    """
-
-    recipe: MergeRecipe
-    results: list[RecipeResult]
-
-    def table(self) -> str:
-        """The results as a table in Markdown."""
-        lines = ["| r | recipe | GFLOPs | distance to r = 0 | on held-out images | of it closed |"]
-        lines.append("| --- | --- | --- | --- | --- | --- |")
-        plain: dict[int, float] = {}
-        for row in self.results:
-            first = plain.setdefault(row.degree, row.held_out)
-            closed = 1 - row.held_out / first if first > 0 else 0.0
-            cells = [row.degree, row.what, f"{row.gflops:.2f}", f"{row.distance:.4f}", f"{row.held_out:.4f}"]
-            lines.append("| " + " | ".join(map(str, [*cells, f"{100 * closed:.0f} %"])) + " |")
-        return "\n".join(lines)
 
 
 def find_recipe(
